@@ -1,0 +1,45 @@
+"""The public face: a model from a checkpoint directory, text from a model."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from exaone_jax.checkpoints.load import open_checkpoint, read_open
+from exaone_jax.errors import InputError
+from exaone_jax.inference.text import generate
+from exaone_jax.model import Transformer
+from exaone_jax.model.relayout import with_layers
+
+__all__ = ["generate", "load"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(path: str | os.PathLike[str], *, dtype: str | None = None, scan_layers: bool | None = None) -> Transformer:
+    """A model with the weights of a Hugging Face directory (sharded or not) or a native checkpoint.
+
+    Args:
+        path: the directory.
+        dtype: "float32", "bfloat16" or "float16", of weights and activations; None: the checkpoint's own. The router
+            bias is float32 always.
+        scan_layers: keep repeated layers stacked and scan them; None: yes, but not on a CPU, where decoding would copy
+            each layer's weights out of the stack at every token.
+
+    Raises CheckpointError or ConfigError that name the file and what is wrong with it, before any weight is read
+    where the headers show it.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, found {dtype!r}")
+    config, checkpoint = open_checkpoint(Path(path))
+    with checkpoint:
+        params = read_open(config, checkpoint, dtype=dtype)
+    compute = jnp.dtype(dtype or config.dtype)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype=compute, rngs=nnx.Rngs(0))))
+    filled = [(name, leaf.replace(params.pop(name))) for name, leaf in nnx.to_flat_state(state)]
+    model = nnx.merge(graphdef, nnx.from_flat_state(filled))
+    model.source = str(path)
+    scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
+    return with_layers(model, scan=scan)

@@ -1,0 +1,177 @@
+"""Parameters from a checkpoint, in either form, straight to devices: each device's slices are read and nothing else."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from exaone_jax.checkpoints.bits import FLOATS, as_bits, as_float, cast, transpose_into
+from exaone_jax.checkpoints.directory import CONFIG_FILE, HFDirectory, open_hf
+from exaone_jax.checkpoints.matching import check_stacks, check_tensors, without_mtp
+from exaone_jax.checkpoints.names import Parameter, ParameterPath, parameters, path_name
+from exaone_jax.checkpoints.native import NativeDirectory, is_native
+from exaone_jax.config.hf import quantization, read_config_and_extra
+from exaone_jax.config.model import ModelConfig
+from exaone_jax.errors import CheckpointError
+
+Checkpoint = HFDirectory | NativeDirectory
+_BLOCK_BYTES = 64 << 20  # of Hugging Face rows read at a time
+
+
+def open_checkpoint(path: Path | str) -> tuple[ModelConfig, Checkpoint]:
+    """Open a Hugging Face directory or a native one, checked against its config.json by headers alone.
+
+    The configuration returned is that of the tensors that are there: where config.json promises multi-token prediction
+    but no `mtp.*` tensor exists (transformers drops them), `mtp_layer` is None. Close the checkpoint when done.
+
+    Raises:
+        CheckpointError, ConfigError: naming what was found and what was expected.
+    """
+    path = Path(path)
+    if is_native(path):
+        native = NativeDirectory(path)
+        return native.config, native
+    directory = open_hf(path)
+    try:
+        config = checked_config(directory)
+        check_tensors(config, directory.tensors, str(path))
+        check_stacks(config, directory.tensors, str(path))
+    except BaseException:
+        directory.close()
+        raise
+    return config, directory
+
+
+def checked_config(directory: HFDirectory) -> ModelConfig:
+    """The configuration of an open Hugging Face directory, less an MTP layer that it has no tensors of."""
+    config, extra = read_config_and_extra(directory.path / CONFIG_FILE)
+    if (quantised := quantization(extra)) is not None:
+        method = quantised.get("quant_method", "?")
+        raise CheckpointError(
+            f"{directory.path}: the weights are quantised (quant_method {method!a}), expected BF16, F16 or F32 weights"
+        )
+    return without_mtp(config, directory.tensors)
+
+
+def checkpoint_config(path: Path | str) -> ModelConfig:
+    """The configuration of the tensors that a checkpoint holds; see `open_checkpoint`."""
+    config, checkpoint = open_checkpoint(path)
+    checkpoint.close()
+    return config
+
+
+def read_params(
+    path: Path | str,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh_shardings: Mapping[ParameterPath, jax.sharding.Sharding] | None = None,
+) -> dict[ParameterPath, jax.Array]:
+    """Read the parameters of a checkpoint.
+
+    Args:
+        path: Hugging Face directory (sharded or not) or native checkpoint.
+        dtype: float dtype of the result; None keeps the stored one. The router bias is float32 always.
+        mesh_shardings: sharding of every parameter, by path. None puts each on the default device.
+
+    Returns:
+        Arrays by path, as a flat nnx state has them; shapes as in `names.parameters(config)`. Without `mtp.*` where the
+        checkpoint has none. Tensors that the language model does not use (vision tower) are not read.
+
+    Raises:
+        CheckpointError, ConfigError: malformed, incomplete, or not what config.json says.
+        KeyError: mesh_shardings lacks a parameter.
+    """
+    config, checkpoint = open_checkpoint(path)
+    with checkpoint:
+        return read_open(config, checkpoint, dtype=dtype, mesh_shardings=mesh_shardings)
+
+
+def read_open(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh_shardings: Mapping[ParameterPath, jax.sharding.Sharding] | None = None,
+) -> dict[ParameterPath, jax.Array]:
+    """`read_params` of a checkpoint that `open_checkpoint` opened."""
+    result = {}
+    for path, parameter in parameters(config).items():
+        read = _reader(checkpoint, parameter, dtype)
+        if mesh_shardings is None:
+            result[path] = jax.device_put(read(tuple(slice(0, size) for size in parameter.shape)))
+        else:
+            result[path] = _sharded(parameter, mesh_shardings[path], read)
+    return result
+
+
+_Read = Callable[[tuple[slice, ...]], NDArray[Any]]
+
+
+def _reader(checkpoint: Checkpoint, parameter: Parameter, dtype: DTypeLike | None) -> _Read:
+    """A function from an index of slices with known bounds to the values there, in the dtype asked for."""
+    stored = checkpoint.tensors[parameter.tensors[0].name].dtype
+    target = FLOATS[stored] if dtype is None else np.dtype(dtype)
+    if parameter.keep_float32:
+        target = np.dtype(np.float32)
+    if target not in FLOATS.values():
+        raise CheckpointError(
+            f"{path_name(parameter.path)}: cannot be loaded as {target}, expected bfloat16, float16 or float32"
+        )
+
+    def read(index: tuple[slice, ...]) -> NDArray[Any]:
+        if isinstance(checkpoint, NativeDirectory):
+            return cast(checkpoint.read_parameter(parameter.path, index), stored, target)
+        return _assemble(checkpoint, parameter, index, stored, target)
+
+    return read
+
+
+def _assemble(
+    directory: HFDirectory, parameter: Parameter, index: tuple[slice, ...], stored: str, target: np.dtype[Any]
+) -> NDArray[Any]:
+    """A slice of a parameter from the rows of the tensors stacked in it."""
+    depth = len(parameter.stacked)
+    lead, unit = index[:depth], index[depth:]
+    out = np.empty(tuple(part.stop - part.start for part in index), target)
+    for tensor in parameter.tensors:
+        if not all(part.start <= place < part.stop for part, place in zip(lead, tensor.index, strict=True)):
+            continue
+        place = tuple(at - part.start for at, part in zip(tensor.index, lead, strict=True))
+        slot, rows = out[place], unit[1] if tensor.transpose else unit[0]
+        step = max(1, _BLOCK_BYTES * tensor.shape[0] // (tensor.size * FLOATS[stored].itemsize))
+        for begin in range(rows.start, rows.stop, step):
+            end = min(begin + step, rows.stop)
+            bits = directory.read_rows(tensor.name, begin, end)
+            local = slice(begin - rows.start, end - rows.start)
+            _place(bits, slot, local, unit[0] if tensor.transpose else None, stored, target)
+    return out
+
+
+def _place(
+    bits: NDArray[Any], slot: NDArray[Any], rows: slice, columns: slice | None, stored: str, target: np.dtype[Any]
+) -> None:
+    """Put Hugging Face rows into a unit; `columns`: they are transposed, and only these of their columns are wanted."""
+    same = FLOATS[stored] == target
+    if columns is None:
+        slot[rows] = bits.view(target) if same else as_float(bits, stored)
+    elif same:
+        transpose_into(bits[:, columns], as_bits(slot)[:, rows])
+    else:
+        transpose_into(as_float(bits, stored)[:, columns], slot[:, rows])
+
+
+def _sharded(parameter: Parameter, sharding: jax.sharding.Sharding, read: _Read) -> jax.Array:
+    """Each device's slice, read once for all the devices that hold the same one."""
+    done: dict[tuple[tuple[int, int], ...], NDArray[Any]] = {}
+
+    def callback(index: tuple[slice, ...] | None) -> NDArray[Any]:
+        parts = index if index is not None else ()
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(parts, parameter.shape, strict=True))
+        if bounds not in done:
+            done[bounds] = read(tuple(slice(*bound) for bound in bounds))
+        return done[bounds]
+
+    return jax.make_array_from_callback(parameter.shape, sharding, callback)

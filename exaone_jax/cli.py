@@ -1,0 +1,479 @@
+"""The command line: one typer command a verb. Each parses, calls and prints; jax is imported only where a verb computes.
+
+Exit codes: 0 done, 1 a check failed, 2 wrong input, 3 storage, 130 interrupted, 141 nobody reads the output.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+import exaone_jax
+from exaone_jax.errors import ExaoneError, InputError
+
+if TYPE_CHECKING:
+    from exaone_jax.checkpoints.convert import ConvertReport
+    from exaone_jax.model import Transformer
+    from exaone_jax.text import ChatTemplate, Tokenizer
+    from exaone_jax.text.response import Event
+
+_REASONING, _ANSWER = "--- reasoning", "--- answer"
+EXIT_CHECK_FAILED, EXIT_INPUT, EXIT_STORAGE, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 3, 130, 141
+
+app = typer.Typer(
+    name="exaone-jax",
+    help="Every EXAONE language model in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+convert_app = typer.Typer(no_args_is_help=True, help="Convert checkpoints and compare them.")
+app.add_typer(convert_app, name="convert")
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A Hugging Face directory or a native checkpoint.", show_default=False)
+]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(help="Of weights and activations; the checkpoint's own if not given.", show_default=False),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(help="Draw from the most likely tokens that hold this much probability.")]
+MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this part of the likeliest.")]
+PresencePenalty = Annotated[float, typer.Option(help="Taken from the logit of every token generated before.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="The same, times how often it was generated.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Divides the logits of tokens seen before, prompt included.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End before this text; may be given again.", show_default=False, metavar="TEXT")
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+Mtp = Annotated[
+    bool, typer.Option("--mtp/--no-mtp", help="Draft with the model's MTP layer and verify: same text, sooner.")
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name); returns the exit code and raises nothing a user can cause."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    as_json = "--json" in arguments
+    try:
+        code = app(arguments, prog_name="exaone-jax", standalone_mode=False)
+        sys.stdout.flush()
+        return code or 0  # None: the verb ran to its end
+    except typer.TyperException as error:
+        return _usage(error, as_json)
+    except ExaoneError as error:
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except (typer.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except SystemExit as error:  # typer turns a broken pipe into exit(1), which here would say that a check failed
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _discard_stdout()
+        return EXIT_NO_READER
+    except BrokenPipeError:
+        _discard_stdout()
+        return EXIT_NO_READER
+    except OSError as error:
+        return _fail(type(error).__name__, str(error), EXIT_STORAGE, as_json)
+
+
+def _usage(error: typer.TyperException, as_json: bool) -> int:
+    message = error.format_message()
+    if not message:  # no arguments: the help was shown
+        return EXIT_INPUT
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    return _fail("UsageError", f"{message.rstrip('.')}{hint}", EXIT_INPUT, as_json)
+
+
+def _fail(kind: str, message: str, code: int, as_json: bool) -> int:
+    try:
+        if as_json:
+            _print_json({"error": {"type": kind, "message": message, "exit_code": code}})
+        sys.stdout.flush()
+    except OSError:  # stdout itself may be what failed: then a person still reads it on stderr
+        _discard_stdout()
+        as_json = False
+    if not as_json:
+        _say(f"error: {message}")
+    return code
+
+
+def _discard_stdout() -> None:
+    """Stdout cannot be written any more: let what is left in its buffer go nowhere when the interpreter exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _say(text: str) -> None:
+    """To the person, not into the output."""
+    sys.stderr.write(text + "\n")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _print(exaone_jax.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is chosen and done to stderr.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    if verbose:
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        for package in ("exaone_jax", "pallas_kernels"):
+            logging.getLogger(package).setLevel(logging.INFO)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A published model's name, a config.json or a checkpoint directory.")],
+    as_json: Json = False,
+) -> None:
+    """Show a model's layers, parameters, tensors, bytes and KV cache; reads no weights."""
+    from exaone_jax.planning.inspect import inspect_model, render
+
+    inspection = inspect_model(model)
+    if as_json:
+        _print_json(inspection.to_dict())
+        return
+    from rich.console import Console
+
+    Console().print(render(inspection))
+
+
+Source = Annotated[Path, typer.Argument(help="The checkpoint to read.", show_default=False)]
+Destination = Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything that headers tell; write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads.", show_default=False)]
+
+
+@convert_app.command("from-hf")
+def convert_from_hf(
+    src: Source,
+    dst: Destination,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    allow_extra: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Carry tensors unknown to the configuration if their whole name matches."),
+    ] = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Hugging Face directory to native form."""
+    from exaone_jax.checkpoints.convert import from_hf
+
+    with _progress("converting", not as_json) as on_progress:
+        report = from_hf(
+            src,
+            dst,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            allow_extra=allow_extra,
+            workers=workers,
+            on_progress=on_progress,
+        )
+    _print_conversion(report, as_json)
+
+
+@convert_app.command("to-hf")
+def convert_to_hf(
+    src: Source,
+    dst: Destination,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    max_shard_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Write new shards of at most this size.", show_default=False)
+    ] = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Native form to Hugging Face directory: the bytes it came from, if it came from one."""
+    from exaone_jax.checkpoints.convert import to_hf
+
+    with _progress("converting", not as_json) as on_progress:
+        report = to_hf(
+            src,
+            dst,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            workers=workers,
+            on_progress=on_progress,
+        )
+    _print_conversion(report, as_json)
+
+
+@convert_app.command("verify")
+def convert_verify(
+    a: Checkpoint,
+    b: Checkpoint,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="NaN and infinity in the weights are no failure.")
+    ] = False,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two checkpoints bit by bit, whatever their forms. Exit code 1: they differ, or hold NaN or infinity."""
+    from exaone_jax.checkpoints.verify import verify
+
+    with _progress("comparing", not as_json) as on_progress:
+        report = verify(a, b, allow_nonfinite=allow_nonfinite, workers=workers, on_progress=on_progress)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print("\n".join(report.lines()))
+    if not report.ok:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+@contextmanager
+def _progress(what: str, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar in bytes on stderr, for people at a terminal."""
+    if not shown or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print_conversion(report: "ConvertReport", as_json: bool) -> None:
+    for warning in report.warnings:
+        _say(f"warning: {warning}")
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    for skipped in report.not_copied:
+        _say(f"not copied: {skipped.path}: {skipped.reason}")
+    what = f"{report.tensors:,} tensors, {report.parameters:,} parameters, {report.bytes:,} bytes"
+    if report.dry_run:
+        _print(f"{report.src}: {what} would go to {report.dst}; nothing was written")
+    else:
+        speed = f"{report.seconds:.1f} s, {report.bytes_per_second / 1e9:.2f} GB/s"
+        _print(f"{report.src} -> {report.dst}: {what} in {speed}")
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to go on from; stdin if not given.", show_default=False)
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.", show_default=False)] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    mtp: Mtp = False,
+    dtype: DtypeOption = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text."""
+    text = _read_prompt(prompt, prompt_file)
+    from exaone_jax.inference.sampling import sampling_params
+    from exaone_jax.inference.text import complete, stream, tokenizer_of
+
+    params = sampling_params(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
+    model = exaone_jax.load(checkpoint, dtype=dtype)
+    tokenizer, drafts = tokenizer_of(model), _draft_tokens(model, mtp)
+    if not as_json:
+        for piece in stream(model, tokenizer, text, params, drafts):
+            _show(piece)
+        _print("")
+        return
+    started = time.perf_counter()
+    completion = complete(model, tokenizer, [text], params, drafts)[0]
+    seconds = time.perf_counter() - started
+    _print_json({**completion.to_dict(), "seconds": seconds})
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise InputError("prompt: given both as an argument and with --prompt-file; expected one of them")
+    if prompt is None and file is None and sys.stdin.isatty():
+        raise InputError("prompt: none; give it as an argument, with --prompt-file or on standard input")
+    try:
+        if file is not None:
+            prompt = file.read_text(encoding="utf-8")
+        elif prompt is None:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"prompt file {file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompt: not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}") from error
+    if not prompt:
+        raise InputError("prompt: empty; expected at least one character")
+    return prompt
+
+
+def _draft_tokens(model: "Transformer", mtp: bool) -> int:
+    if not mtp:
+        return 0
+    if model.config.mtp_layer is None:
+        raise InputError(f"--mtp: this {model.config.model_type} checkpoint has no MTP layer to draft with")
+    return max(1, model.config.mtp_num_steps)
+
+
+def _show(text: str, dim: bool = False) -> None:
+    """Part of a line, at once."""
+    sys.stdout.write(f"\x1b[2m{text}\x1b[0m" if dim and sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+@app.command()
+def chat(
+    checkpoint: Checkpoint,
+    system: Annotated[str | None, typer.Option(help="The system message.", show_default=False)] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking", help="Reason first; the model's default if not given.", show_default=False
+        ),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 2048,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    mtp: Mtp = False,
+    dtype: DtypeOption = None,
+    as_json: Json = False,
+) -> None:
+    """Talk with a model: each line of standard input is a turn, /clear forgets what was said, the end of input ends it.
+
+    Ctrl-C stops an answer. With --json each answer is one line of JSON.
+    """
+    from exaone_jax.inference.sampling import sampling_params
+    from exaone_jax.inference.text import stream_chat, tokenizer_of
+
+    params = sampling_params(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
+    model = exaone_jax.load(checkpoint, dtype=dtype)
+    tokenizer, drafts = tokenizer_of(model), _draft_tokens(model, mtp)
+    template = _chat_template(checkpoint, tokenizer)
+    opening = [{"role": "system", "content": system}] if system is not None else []
+    messages = list(opening)
+    for line in _turns():
+        if line == "/clear":
+            messages = list(opening)
+            continue
+        messages.append({"role": "user", "content": line})
+        events = stream_chat(
+            model, tokenizer, template, messages, params, enable_thinking=thinking, draft_tokens=drafts
+        )
+        answer = _show_answer(events, as_json)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _chat_template(checkpoint: Path, tokenizer: "Tokenizer") -> "ChatTemplate":
+    from exaone_jax.text import ChatTemplate, detect_generation
+
+    config = json.loads(
+        (checkpoint / "config.json").read_text(encoding="utf-8")
+    )  # was checked when the model was loaded
+    own = tokenizer.chat_templates.get("default")
+    generation = detect_generation(config, template=own, tokens=tokenizer.control_tokens)
+    return ChatTemplate.for_tokenizer(tokenizer, generation)
+
+
+def _turns() -> Iterator[str]:
+    """The lines a person says, empty ones left out."""
+    while True:
+        if sys.stdin.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\r\n")
+
+
+def _show_answer(events: "Iterator[Event]", as_json: bool) -> str:
+    """Print an answer as it comes, reasoning apart (dim at a terminal, else between lines of its own); returns the answer."""
+    from exaone_jax.text.response import ReasoningPiece, TextPiece
+
+    reasoning, content, interrupted = "", "", False
+    try:
+        for event in events:
+            if isinstance(event, ReasoningPiece):
+                if not as_json:
+                    _show(event.text if reasoning else f"{_REASONING}\n{event.text}", dim=True)
+                reasoning += event.text
+            elif isinstance(event, TextPiece):
+                if not as_json:
+                    _show(f"\n{_ANSWER}\n{event.text}" if reasoning and not content else event.text)
+                content += event.text
+    except KeyboardInterrupt:
+        interrupted = True
+    if as_json:
+        answer = {"reasoning": reasoning or None, "content": content, "interrupted": interrupted}
+        _show(json.dumps(answer, ensure_ascii=False) + "\n")
+    else:
+        _show("\n")
+    return content
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Prompts in, text out: whole or streamed, with stop strings, from text, token ids or a conversation."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from exaone_jax.errors import InputError
+from exaone_jax.inference.generate import Decoding, FinishReason, TokenOutput
+from exaone_jax.inference.sampling import SamplingParams, sampling_params
+from exaone_jax.model import Transformer
+from exaone_jax.text import ChatTemplate, EncodedChat, IncrementalDecoder, Tokenizer, encode_chat
+from exaone_jax.text.response import Event, ResponseParser
+
+_ROUNDS_BETWEEN_LOOKS = 8  # rounds on the device between two looks for stop strings
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a model wrote after one prompt.
+
+    text: without special tokens, up to a stop string if one came. tokens: its ids, a final stop id or those of a stop
+    string included.
+    drafted, accepted: rounds that drafted, and for each draft of a round how often it was kept.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    drafted: int = 0
+    accepted: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+class StopStrings:
+    """Passes text on until a stop string comes, holding back an end that may be the beginning of one."""
+
+    def __init__(self, stop: Sequence[str]):
+        self._stop, self._held = tuple(stop), ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """What can be shown of the text so far and not shown yet."""
+        if self.stopped:
+            return ""
+        self._held += text
+        # The stop string that is complete first, so that the text does not depend on how it was cut into pieces.
+        found = [(place + len(s), place) for s in self._stop if (place := self._held.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            shown, self._held = self._held[: min(found)[1]], ""
+            return shown
+        keep = max((n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+class _TextRow:
+    """The text of one row as its tokens come."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._tokenizer, self._seen = tokenizer, 0
+        self._decoder, self._stops = IncrementalDecoder(tokenizer, skip_special=True), StopStrings(stop)
+        self.used = 0  # tokens read, up to the one that completes a stop string
+        self.text = ""
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.stopped
+
+    def read(self, tokens: Sequence[int]) -> str:
+        """The further text of all tokens so far."""
+        before = len(self.text)
+        while self.used < len(tokens) and not self.stopped:
+            self.text += self._stops.feed(self._decoder.feed(tokens[self.used]))
+            self.used += 1
+        return self.text[before:]
+
+    def flush(self) -> str:
+        new = self._stops.feed(self._decoder.flush()) + self._stops.flush()
+        self.text += new
+        return new
+
+
+def complete(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams],
+    draft_tokens: int = 0,
+) -> list[Completion]:
+    """Complete every prompt, together in one batch.
+
+    Args:
+        prompts: texts (in which spelled control tokens stay text) or token ids.
+        params: of all rows, or one of each.
+        draft_tokens: tokens the MTP layer proposes each round; 0: none.
+
+    Raises InputError as `Decoding`.
+    """
+    ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
+    decoding = Decoding(model, ids, each, draft_tokens, _stop_ids(model, tokenizer))
+    rows = [_TextRow(tokenizer, p.stop) for p in each]
+    rounds = _ROUNDS_BETWEEN_LOOKS if any(p.stop for p in each) else 1 << 30
+    _look(decoding, rows)
+    while not decoding.finished:
+        decoding.advance(rounds)
+        _look(decoding, rows)
+    for row in rows:
+        row.flush()
+    return [_completion(row, out, len(prompt)) for row, out, prompt in zip(rows, decoding.outputs(), ids, strict=True)]
+
+
+def stream(
+    model: Transformer, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams, draft_tokens: int = 0
+) -> Iterator[str]:
+    """The text of `complete` for one prompt in pieces, as it comes. Closing the iterator ends the decoding."""
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    decoding = Decoding(model, [ids], [params], draft_tokens, _stop_ids(model, tokenizer))
+    row = _TextRow(tokenizer, params.stop)
+    while True:
+        if new := row.read(decoding.tokens()[0]):
+            yield new
+        if row.stopped or decoding.finished:
+            break
+        decoding.advance(1)
+    if last := row.flush():
+        yield last
+
+
+def generate(
+    model: Transformer,
+    prompt: str | Sequence[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    draft_tokens: int = 0,
+    **sampling: object,
+) -> str | list[str]:
+    """Text that follows a prompt, or each of several.
+
+    Args:
+        model: from `exaone_jax.load`.
+        prompt: a text, or several that are completed in one batch.
+        tokenizer: None: the one beside the weights the model was loaded from.
+        draft_tokens: tokens the MTP layer proposes each round; 0: none.
+        sampling: fields of SamplingParams: max_new_tokens, temperature, top_k, top_p, min_p, penalties, seed, stop.
+
+    Raises InputError for a prompt or parameter that cannot be served.
+    """
+    tokenizer = tokenizer or tokenizer_of(model)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    texts = [c.text for c in complete(model, tokenizer, prompts, sampling_params(**sampling), draft_tokens)]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def stream_chat(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, object]],
+    params: SamplingParams,
+    *,
+    tools: Sequence[Mapping[str, object]] | None = None,
+    enable_thinking: bool | None = None,
+    draft_tokens: int = 0,
+) -> Iterator[Event]:
+    """The model's next turn of a conversation: pieces of reasoning and answer, and tool calls where tools are offered.
+
+    enable_thinking: None: what the model's generation does by default.
+    """
+    prompt: EncodedChat = encode_chat(tokenizer, messages, template, tools=tools, enable_thinking=enable_thinking)
+    parser = ResponseParser(template.rules, starts_in_reasoning=prompt.starts_in_reasoning, tools=tools)
+    for text in stream(model, tokenizer, prompt.ids, params, draft_tokens):
+        yield from parser.feed(text)
+    yield from parser.flush()
+
+
+def tokenizer_of(model: Transformer) -> Tokenizer:
+    """The tokenizer beside the weights that a model was loaded from; raises InputError for a model made in memory."""
+    if model.source is None:
+        raise InputError("this model was not loaded from a checkpoint: pass tokenizer=")
+    return Tokenizer.from_directory(Path(model.source))
+
+
+def _stop_ids(model: Transformer, tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_ids)))
+
+
+def _look(decoding: Decoding, rows: Sequence[_TextRow]) -> None:
+    """Read what is new and end the rows whose stop string came."""
+    for index, (row, tokens) in enumerate(zip(rows, decoding.tokens(), strict=True)):
+        row.read(tokens)
+        if row.stopped:
+            decoding.stop(index)
+
+
+def _completion(row: _TextRow, out: TokenOutput, prompt_tokens: int) -> Completion:
+    reason: FinishReason = "stop" if row.stopped else out.finish_reason
+    return Completion(row.text, out.tokens[: row.used], prompt_tokens, reason, out.drafted, out.accepted)

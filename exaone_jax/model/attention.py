@@ -1,0 +1,147 @@
+"""Grouped-query attention with QK-norm, optional rotation and optional window, with and without a cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from exaone_jax.config.model import LayerSpec, ModelConfig
+from exaone_jax.model.cache import LayerKV
+from exaone_jax.model.linear import Linear, ParamFactory
+from exaone_jax.model.norm import RMSNorm
+from exaone_jax.model.rope import Rotation, rotate
+from pallas_kernels.attention import attention
+
+# Up to this many queries a row attend over the whole ring at once; more are worth laying the window out in order.
+_FEW_QUERIES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Attention inside rows `[B, T]`, between positions of equal segment id (None: one segment a row)."""
+
+    segment_ids: jax.Array | None
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+        return attention(q, k, v, window=window, segment_ids=self.segment_ids)
+
+
+@dataclasses.dataclass
+class Cached:
+    """Attention of new tokens to themselves and to one layer of a cache; holds the updated layer afterwards.
+
+    layer: LayerKV stacked `[R, …]`, of which `index` is this layer's.
+    lengths: int32 `[B]`, positions already in the cache. valid: int32 `[B]`, how many of the new tokens are real.
+    """
+
+    layer: LayerKV
+    index: jax.typing.ArrayLike
+    lengths: jax.Array
+    valid: jax.Array
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+        in_order = window is not None and q.shape[1] > _FEW_QUERIES
+        before = self._window_before(window) if in_order and window is not None else None
+        self._write(k, v)
+        if before is not None:
+            return self._attend_window(q, k, v, before, window)
+        keys, values = (jnp.moveaxis(self._read(x), 1, 2) for x in self.layer)
+        if q.shape[1] > _FEW_QUERIES:
+            return attention(q, keys, values, q_offset=self.lengths)
+        return self._attend_slots(q, window)
+
+    def _read(self, stacked: jax.Array) -> jax.Array:
+        return stacked[self.index]
+
+    def _write(self, k: jax.Array, v: jax.Array) -> None:
+        """Put keys and values `[B, C, K, head_dim]` into their slots; tokens that are not real are dropped."""
+        size = self.layer.k.shape[3]
+        offsets = jnp.arange(k.shape[1])
+        slot = (self.lengths[:, None] + offsets) % size
+        slot = jnp.where(offsets < self.valid[:, None], slot, size)  # out of range: dropped by the scatter
+        row = jnp.arange(k.shape[0])[:, None]
+        self.layer = LayerKV(
+            *(
+                stacked.at[self.index, row, :, slot].set(new.astype(stacked.dtype), mode="drop", unique_indices=True)
+                for stacked, new in zip(self.layer, (k, v), strict=True)
+            )
+        )
+
+    def _window_before(self, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Keys and values `[B, P, K, head_dim]` of the P = W-1 positions before the new tokens, and which exist.
+
+        A layer with fewer slots than that holds the whole context: P is then all of them.
+        """
+        size = self.layer.k.shape[3]
+        positions = self.lengths[:, None] + jnp.arange(-min(window - 1, size), 0)
+        slot = (positions % size)[:, None, :, None]
+        k, v = (jnp.moveaxis(jnp.take_along_axis(self._read(x), slot, axis=2), 1, 2) for x in self.layer)
+        return k, v, positions >= 0
+
+    def _attend_window(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        before: tuple[jax.Array, jax.Array, jax.Array],
+        window: int | None,
+    ) -> jax.Array:
+        keys_before, values_before, exists = before
+        keys = jnp.concatenate([keys_before.astype(k.dtype), k], axis=1)
+        values = jnp.concatenate([values_before.astype(v.dtype), v], axis=1)
+        key_ids = jnp.concatenate([exists, jnp.ones(k.shape[:2], bool)], axis=1).astype(jnp.int32)
+        query_ids = jnp.ones(q.shape[:2], jnp.int32)
+        offset = keys_before.shape[1]
+        return attention(q, keys, values, window=window, segment_ids=(query_ids, key_ids), q_offset=offset)
+
+    def _attend_slots(self, q: jax.Array, window: int | None) -> jax.Array:
+        """Few queries against every slot, masked by the position that each slot holds after the write."""
+        batch, queries, heads, head_dim = q.shape
+        keys, values = (self._read(x) for x in self.layer)
+        kv_heads, size = keys.shape[1:3]
+        newest = (self.lengths + self.valid - 1)[:, None]
+        held = newest - (newest - jnp.arange(size)) % size  # position in each slot, negative where none was written
+        distance = (self.lengths[:, None] + jnp.arange(queries))[:, :, None] - held[:, None, :]
+        visible = (held[:, None, :] >= 0) & (distance >= 0)
+        if window is not None:
+            visible &= distance < window
+        precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+        grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+        grouped = jnp.moveaxis(grouped, 1, 3).reshape(batch, kv_heads, -1, head_dim) * head_dim**-0.5
+        scores = jnp.einsum(
+            "bknd,bksd->bkns", grouped, keys.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
+        )
+        visible = jnp.tile(visible, (1, heads // kv_heads, 1))[:, None]
+        hidden = jnp.finfo(jnp.float32).min  # finite, so that a row with no real token stays free of NaN
+        probs = jax.nn.softmax(jnp.where(visible, scores, hidden), axis=-1).astype(q.dtype)
+        out = jnp.einsum(
+            "bkns,bksd->bknd", probs, values.astype(q.dtype), precision=precision, preferred_element_type=jnp.float32
+        )
+        out = jnp.moveaxis(out.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim), 3, 1)
+        return out.reshape(batch, queries, heads, head_dim).astype(q.dtype)
+
+
+class Attention(nnx.Module):
+    """x `[B, T, D]` -> `[B, T, D]`. Normalises and rotates queries and keys, then leaves where to look to `attend`."""
+
+    def __init__(self, make: ParamFactory, config: ModelConfig, spec: LayerSpec):
+        size, head_dim = config.hidden_size, config.head_dim
+        self.q_proj = Linear(make, size, config.num_heads * head_dim, ("embed", "heads"))
+        self.k_proj = Linear(make, size, config.num_kv_heads * head_dim, ("embed", "kv_heads"))
+        self.v_proj = Linear(make, size, config.num_kv_heads * head_dim, ("embed", "kv_heads"))
+        self.o_proj = Linear(make, config.num_heads * head_dim, size, ("heads", "embed"))
+        if spec.qk_norm:
+            self.q_norm = RMSNorm(make, head_dim, config.rms_norm_eps, "head_dim")
+            self.k_norm = RMSNorm(make, head_dim, config.rms_norm_eps, "head_dim")
+        self.spec, self.head_dim = spec, head_dim
+
+    def __call__(self, x: jax.Array, rotation: Rotation, attend: Packed | Cached) -> jax.Array:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.spec.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.spec.rope:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        out = attend(q, k, v, self.spec.window)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))

@@ -1,0 +1,60 @@
+"""The key-value cache: whole context for global layers, a ring of the last positions for window layers."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from exaone_jax.config.model import LayerSpec, ModelConfig, Segment
+
+
+class LayerKV(NamedTuple):
+    """Keys and values of one stacked block, each `[R, B, K, slots, head_dim]`. Position p lives in slot p mod slots."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """What attention remembers.
+
+    layers: one LayerKV for each (segment, place in its pattern).
+    lengths: int32 `[B]`, how many positions each row holds. Slots hold no positions of their own: which position a slot
+        has follows from the length, so forgetting the newest tokens is a smaller length and nothing else.
+    """
+
+    layers: tuple[tuple[LayerKV, ...], ...]
+    lengths: jax.Array
+
+    def rolled_back(self, lengths: jax.Array) -> "KVCache":
+        """The cache as it was at `lengths` (int32 `[B]`), at most one `step` of `chunk` tokens ago for the rings."""
+        return dataclasses.replace(self, lengths=lengths)
+
+
+def slots(spec: LayerSpec, capacity: int, chunk: int) -> int:
+    """Slots a layer needs for `capacity` positions written up to `chunk` at a time.
+
+    A ring of window - 1 + chunk keeps every key that the first query of a chunk sees while the chunk's own keys go in.
+    """
+    return capacity if spec.window is None else min(capacity, spec.window - 1 + chunk)
+
+
+def init_cache(
+    config: ModelConfig,
+    plan: tuple[Segment, ...],
+    batch: int,
+    capacity: int,
+    chunk: int,
+    dtype: jax.typing.DTypeLike,
+) -> KVCache:
+    """An empty cache for `batch` rows of up to `capacity` positions, written at most `chunk` at a time."""
+
+    def layer(spec: LayerSpec, repeats: int) -> LayerKV:
+        shape = (repeats, batch, config.num_kv_heads, slots(spec, capacity, chunk), config.head_dim)
+        return LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    layers = tuple(tuple(layer(spec, segment.repeats) for spec in segment.pattern) for segment in plan)
+    return KVCache(layers, jnp.zeros((batch,), jnp.int32))

@@ -1,0 +1,27 @@
+"""SwiGLU feed-forward."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from exaone_jax.model.linear import Linear, ParamFactory
+
+
+def swiglu(gate: jax.Array, up: jax.Array, limit: float | None) -> jax.Array:
+    """silu(gate) * up. With a limit the pre-activations are clamped first, the gate from above only (K-EXAONE 2.0)."""
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return jax.nn.silu(gate) * up
+
+
+class MLP(nnx.Module):
+    """down(swiglu(gate(x), up(x))), x `[..., D]`."""
+
+    def __init__(self, make: ParamFactory, size: int, hidden: int, limit: float | None):
+        self.gate_proj = Linear(make, size, hidden, ("embed", "mlp"))
+        self.up_proj = Linear(make, size, hidden, ("embed", "mlp"))
+        self.down_proj = Linear(make, hidden, size, ("mlp", "embed"))
+        self.limit = limit
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))

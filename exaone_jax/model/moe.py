@@ -1,0 +1,131 @@
+"""Mixture of experts: sigmoid router with a selection bias, routed experts by grouped matmul, a shared expert."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from exaone_jax.config.model import LayerSpec, ModelConfig, MoEConfig
+from exaone_jax.model.feedforward import MLP, swiglu
+from exaone_jax.model.linear import ParamFactory
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+
+class Routing(NamedTuple):
+    """Where tokens go: experts int32 `[N, k]`, weights float32 `[N, k]`, and every sigmoid score, float32 `[N, E]`."""
+
+    experts: jax.Array
+    weights: jax.Array
+    scores: jax.Array
+
+
+class RouterStats(NamedTuple):
+    """What training needs to know of one router: load float32 `[E]`, tokens sent to each expert, and balance_loss, a
+    scalar.
+
+    The loss is the sequence-wise one of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20), without its coefficient:
+    sum over experts of f_e P_e, averaged over sequences, with f_e = E / (k T) times the tokens that chose e and P_e
+    the mean share of e in the scores.
+    """
+
+    load: jax.Array
+    balance_loss: jax.Array
+
+
+def route(logits: jax.Array, bias: jax.Array, moe: MoEConfig) -> Routing:
+    """Choose experts for router logits float32 `[N, E]`.
+
+    The bias moves the choice only; weights are the unbiased scores of the chosen, normalised and then scaled. With
+    groups, the topk_group groups whose two best biased scores have the greatest sum stay in the running.
+    """
+    scores = jax.nn.sigmoid(logits)
+    choice = scores + bias
+    if moe.n_group > 1:
+        groups = choice.reshape(-1, moe.n_group, moe.num_experts // moe.n_group)
+        group_scores = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
+        best_groups = jax.lax.top_k(group_scores, moe.topk_group)[1]
+        kept = jnp.any(jax.nn.one_hot(best_groups, moe.n_group, dtype=bool), axis=1)
+        choice = jnp.where(kept[:, :, None], groups, -jnp.inf).reshape(choice.shape)
+    experts = jax.lax.top_k(choice, moe.num_experts_per_tok)[1]
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if moe.norm_topk_prob:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return Routing(experts, weights * moe.routed_scaling_factor, scores)
+
+
+def router_stats(routing: Routing, real: jax.Array, num_experts: int) -> RouterStats:
+    """Statistics over the real tokens (bool `[B, T]`) of a batch routed row by row."""
+    batch, length = real.shape
+    weight = real.astype(jnp.float32)
+    tokens = jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1.0)
+    chosen = jnp.sum(jax.nn.one_hot(routing.experts, num_experts, dtype=jnp.float32), axis=1)
+    count = jnp.einsum("bte,bt->be", chosen.reshape(batch, length, -1), weight)
+    share = routing.scores / (jnp.sum(routing.scores, axis=-1, keepdims=True) + 1e-20)
+    mean_share = jnp.einsum("bte,bt->be", share.reshape(batch, length, -1), weight) / tokens
+    frequency = count * (num_experts / routing.experts.shape[-1]) / tokens
+    loss = jnp.mean(jnp.sum(jax.lax.stop_gradient(frequency) * mean_share, axis=-1))
+    return RouterStats(jnp.sum(count, axis=0), loss)
+
+
+class Router(nnx.Module):
+    """Logits of the experts in float32, whatever the activations are."""
+
+    def __init__(self, make: ParamFactory, size: int, num_experts: int):
+        self.kernel = make.normal((size, num_experts), ("embed", "experts"))
+        self.bias = make.router_bias(num_experts)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(jnp.float32)
+        return jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+
+
+class Experts(nnx.Module):
+    """SwiGLU experts, each over its own tokens."""
+
+    def __init__(self, make: ParamFactory, size: int, moe: MoEConfig, limit: float | None):
+        up, down = (moe.num_experts, size, moe.intermediate_size), (moe.num_experts, moe.intermediate_size, size)
+        self.gate_proj = make.normal(up, ("experts", "embed", "expert_mlp"))
+        self.up_proj = make.normal(up, ("experts", "embed", "expert_mlp"))
+        self.down_proj = make.normal(down, ("experts", "expert_mlp", "embed"))
+        self.limit = limit
+
+    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """x `[M, D]` sorted by expert, group_sizes int32 `[E]` -> `[M, D]`."""
+
+        def product(rows: jax.Array, kernel: nnx.Param[jax.Array]) -> jax.Array:
+            return grouped_matmul(rows, kernel[...].astype(rows.dtype), group_sizes)
+
+        hidden = swiglu(product(x, self.gate_proj), product(x, self.up_proj), self.limit)
+        return product(hidden, self.down_proj)
+
+
+class MoE(nnx.Module):
+    """Dropless mixture of experts. x `[B, T, D]`, real bool `[B, T]` -> (`[B, T, D]`, RouterStats)."""
+
+    def __init__(self, make: ParamFactory, config: ModelConfig, spec: LayerSpec):
+        if config.moe is None:
+            raise ValueError("a sparse layer needs ModelConfig.moe")
+        self.moe = config.moe
+        self.router = Router(make, config.hidden_size, config.moe.num_experts)
+        self.experts = Experts(make, config.hidden_size, config.moe, spec.swiglu_limit)
+        if config.moe.num_shared_experts:
+            width = config.moe.num_shared_experts * config.moe.intermediate_size
+            self.shared = MLP(make, config.hidden_size, width, spec.swiglu_limit)
+
+    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, RouterStats]:
+        tokens = x.reshape(-1, x.shape[-1])
+        routing = route(self.router(tokens), self.router.bias[...], self.moe)
+        out = self._routed(tokens, routing).reshape(x.shape)
+        if self.moe.num_shared_experts:
+            out = out + self.shared(x)
+        return out, router_stats(routing, real, self.moe.num_experts)
+
+    def _routed(self, tokens: jax.Array, routing: Routing) -> jax.Array:
+        """Send each token `[N, D]` to its k experts and sum their weighted answers."""
+        count, k = routing.experts.shape
+        order = jnp.argsort(routing.experts.reshape(-1), stable=True)
+        group_sizes = jnp.bincount(routing.experts.reshape(-1), length=self.moe.num_experts).astype(jnp.int32)
+        answers = self.experts(tokens[order // k], group_sizes)
+        answers = answers[jnp.argsort(order)].reshape(count, k, -1)
+        return jnp.einsum("nkd,nk->nd", answers.astype(jnp.float32), routing.weights).astype(tokens.dtype)

@@ -1,0 +1,84 @@
+"""Running a segment: the blocks of one pattern, scanned over their stacked parameters.
+
+A segment that stands once is run directly: its leading axis of one is dropped without a copy.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from exaone_jax.model.attention import Cached, Packed
+from exaone_jax.model.block import Block
+from exaone_jax.model.cache import LayerKV
+from exaone_jax.model.moe import RouterStats
+from exaone_jax.model.rope import Rotation
+
+Remat = Literal["full", "dots"] | None
+SegmentStats = tuple[RouterStats | None, ...]
+
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def run(
+    blocks: nnx.List[Block],
+    x: jax.Array,
+    rotation: Rotation,
+    real: jax.Array,
+    segment_ids: jax.Array | None,
+    remat: Remat,
+) -> tuple[jax.Array, SegmentStats]:
+    """x `[B, T, D]` through a segment without a cache; statistics, one for each place in the pattern, are `[R, …]`."""
+    graphdef, params = nnx.split(blocks)
+
+    def body(x: jax.Array, params: nnx.State) -> tuple[jax.Array, SegmentStats]:
+        stats = []
+        for block in nnx.merge(graphdef, params):
+            x, block_stats = block(x, rotation, Packed(segment_ids), real)
+            stats.append(block_stats)
+        return x, tuple(stats)
+
+    if remat is not None:
+        body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+    if _repeats(params) == 1:
+        x, stats = body(x, jax.tree.map(lambda leaf: leaf[0], params))
+        return x, jax.tree.map(lambda leaf: leaf[None], stats)
+    return jax.lax.scan(body, x, params)
+
+
+def step(
+    blocks: nnx.List[Block],
+    x: jax.Array,
+    rotation: Rotation,
+    real: jax.Array,
+    caches: Sequence[LayerKV],
+    lengths: jax.Array,
+    valid: jax.Array,
+) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+    """x `[B, C, D]` through a segment with its caches, which ride along so that the loop updates them in place."""
+    graphdef, params = nnx.split(blocks)
+
+    def body(
+        carry: tuple[jax.Array, tuple[LayerKV, ...]], xs: tuple[nnx.State, jax.typing.ArrayLike]
+    ) -> tuple[tuple[jax.Array, tuple[LayerKV, ...]], None]:
+        (x, caches), (params, index) = carry, xs
+        updated = []
+        for block, layer in zip(nnx.merge(graphdef, params), caches, strict=True):
+            attend = Cached(layer, index, lengths, valid)
+            x, _ = block(x, rotation, attend, real)
+            updated.append(attend.layer)
+        return (x, tuple(updated)), None
+
+    carry = (x, tuple(caches))
+    if _repeats(params) == 1:
+        return body(carry, (jax.tree.map(lambda leaf: leaf[0], params), 0))[0]
+    return jax.lax.scan(body, carry, (params, jnp.arange(_repeats(params))))[0]
+
+
+def _repeats(params: nnx.State) -> int:
+    return jax.tree.leaves(params)[0].shape[0]

@@ -1,0 +1,5 @@
+"""Rows sorted by group, times the matrix of their group: the products of a mixture of experts."""
+
+from pallas_kernels.grouped_matmul.api import choose_implementation, grouped_matmul
+
+__all__ = ["choose_implementation", "grouped_matmul"]

@@ -1,0 +1,27 @@
+"""The plain meaning: every group multiplies every row, and a mask keeps its own."""
+
+import jax
+import jax.numpy as jnp
+
+
+def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """lhs `[M, K]`, rhs `[G, K, N]`, group_sizes int32 `[G]` -> `[M, N]`; G times the work it needs."""
+    ends = jnp.cumsum(jnp.maximum(group_sizes, 0))
+    starts = ends - jnp.maximum(group_sizes, 0)
+    rows = jnp.arange(lhs.shape[0])
+
+    def one_group(out: jax.Array, group: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        kernel, start, end = group
+        mine = ((start <= rows) & (rows < end))[:, None]
+        # Masked going in as well as coming out: the gradients then hold nothing of other groups' rows either.
+        product = jnp.dot(
+            jnp.where(mine, lhs, 0),
+            kernel.astype(lhs.dtype),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        return jnp.where(mine, product, out), None
+
+    out = jnp.zeros((lhs.shape[0], rhs.shape[2]), jnp.float32)
+    out, _ = jax.lax.scan(one_group, out, (rhs, starts, ends))
+    return out.astype(out_dtype)

@@ -1,0 +1,220 @@
+"""Grouped matmul on XLA:CPU, where `lax.ragged_dot` multiplies every row by every group's matrix.
+
+Two forms share the rows:
+  heads: the first few rows of every group as one batched product that reads rhs in place. Good while the groups are
+    small and alike, and it writes the whole of a weight gradient in parallel.
+  tiles: what the heads leave, in tiles of 512, 128, 32 and 8 rows of one group each; a loop a size, as long as the tiles
+    that there really are, takes four tiles with copies of their matrices and multiplies them as one batch. Empty groups
+    cost nothing. (XLA:CPU shares the tiles of a batch among its threads; one small product a step does not scale.)
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_SIZES = (8, 32, 128, 512)
+_BATCH = 4
+# Measured, in units of a row's arithmetic: what a tile (copying and packing its matrix) or a head costs beside its rows.
+_TILE_OVERHEAD = 40
+_HEAD_OVERHEAD = 24
+_LARGEST_HEAD = 64
+# Below this much arithmetic (about 20 us) every group takes every row, and no loop is compiled.
+_SMALL_FLOPS = 8_000_000
+
+_BATCHED = ((0,), (0,))
+
+
+class Spans(NamedTuple):
+    """Consecutive rows of each group: int32 `[G]` each."""
+
+    begin: jax.Array
+    count: jax.Array
+
+
+class Level(NamedTuple):
+    """The tiles of one size: how many each group has (int32 `[G]`), and which rows they cover."""
+
+    size: int
+    tiles: jax.Array
+    rows: Spans
+
+
+class Batch(NamedTuple):
+    """_BATCH tiles: their groups `[B]`, the first row each reads `[B]`, and which of those are its own `[B, size]`."""
+
+    group: jax.Array
+    start: jax.Array
+    mine: jax.Array
+
+
+def product(x: jax.Array, rhs: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype, transposed: bool) -> jax.Array:
+    """x `[M, K]` times rhs `[G, K, N]` -> `[M, N]`; transposed: x `[M, N]` times the transposes -> `[M, K]`."""
+    if (num_rows := x.shape[0]) < _SIZES[0]:
+        x = jnp.pad(x, ((0, _SIZES[0] - num_rows), (0, 0)))
+    spans = _spans(sizes)
+    if _is_small(x.shape[0], rhs.shape):
+        return _head_product(x, rhs, spans, x.shape[0], out_dtype, transposed)[:num_rows]
+    out = jnp.zeros((x.shape[0], rhs.shape[1 if transposed else 2]), out_dtype)
+    head = _head_size(x.shape[0], rhs.shape)
+    # A head reads rhs in place, which needs it in x's dtype.
+    if rhs.dtype == x.dtype and head < _LARGEST_HEAD:
+        after = _after_heads(spans, head)
+        cost = rhs.shape[0] * (head + _HEAD_OVERHEAD) + _cost(after, x.shape[0])
+        use = cost < _cost(spans, x.shape[0])
+        out = lax.cond(use, lambda: _head_product(x, rhs, spans, head, out_dtype, transposed), lambda: out)
+        spans = jax.tree.map(lambda yes, no: jnp.where(use, yes, no), after, spans)
+    for level in _levels(spans, x.shape[0]):
+        out = _add_products(out, x, rhs, level, transposed)
+    return out[:num_rows]
+
+
+def outer(lhs: jax.Array, grad: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
+    """out[g] = lhs[rows of g]^T @ grad[rows of g]: lhs `[M, K]`, grad `[M, N]` -> `[G, K, N]`, summed in float32."""
+    if (num_rows := lhs.shape[0]) < _SIZES[0]:
+        lhs, grad = (jnp.pad(a, ((0, _SIZES[0] - num_rows), (0, 0))) for a in (lhs, grad))
+    spans = _spans(sizes)
+    head = _head_size(lhs.shape[0], (sizes.shape[0], lhs.shape[1], grad.shape[1]))
+    start, mine = _head_rows(spans, head, lhs.shape[0])
+    rows = start[:, None] + jnp.arange(head)
+    out = _outer_batch(_take(lhs, rows), _take(grad, rows), mine)
+    if head < lhs.shape[0]:
+        for level in _levels(_after_heads(spans, head), lhs.shape[0]):
+            out = _add_outers(out, lhs, grad, level)
+    return out.astype(out_dtype)
+
+
+def _spans(sizes: jax.Array) -> Spans:
+    return Spans(jnp.cumsum(sizes) - sizes, sizes)
+
+
+def _take(a: jax.Array, index: jax.Array) -> jax.Array:
+    return a.at[index].get(mode="promise_in_bounds")
+
+
+def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), _BATCHED), preferred_element_type=jnp.float32)
+
+
+# Heads.
+
+
+def _is_small(num_rows: int, rhs_shape: tuple[int, ...]) -> bool:
+    """Whether every group may as well take every row."""
+    num_groups, k, n = rhs_shape
+    return num_groups == 1 or 2 * num_groups * num_rows * k * n <= _SMALL_FLOPS
+
+
+def _head_size(num_rows: int, rhs_shape: tuple[int, ...]) -> int:
+    """Rows of a head: a quarter over the mean, which covers most groups of a balanced router, as a multiple of 8."""
+    if _is_small(num_rows, rhs_shape):
+        return num_rows
+    return min(-(-5 * num_rows // (4 * 8 * rhs_shape[0])) * 8, _LARGEST_HEAD, num_rows)
+
+
+def _after_heads(spans: Spans, head: int) -> Spans:
+    taken = jnp.minimum(spans.count, head)
+    return Spans(spans.begin + taken, spans.count - taken)
+
+
+def _head_rows(spans: Spans, head: int, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """First row that each head reads, `[G]`, and which of the rows read are its group's, `[G, head]`."""
+    start = jnp.minimum(spans.begin, num_rows - head)
+    rows = start[:, None] + jnp.arange(head)
+    return start, (rows >= spans.begin[:, None]) & (rows < (spans.begin + spans.count)[:, None])
+
+
+def _head_product(
+    x: jax.Array, rhs: jax.Array, spans: Spans, head: int, out_dtype: jnp.dtype, transposed: bool
+) -> jax.Array:
+    """`[M, N]`: right in the rows of the heads, zero in the rows of no group, anything in the rest."""
+    num_groups, num_rows = rhs.shape[0], x.shape[0]
+    start, _ = _head_rows(spans, head, num_rows)
+    heads = _take(x, start[:, None] + jnp.arange(head))
+    y = _dot(heads, rhs.astype(x.dtype), 2, 2 if transposed else 1).astype(out_dtype)
+    row, ends = jnp.arange(num_rows), spans.begin + spans.count
+    group = jnp.minimum(jnp.sum(ends <= row[:, None], axis=1), num_groups - 1)
+    place = jnp.clip(row - start[group], 0, head - 1)
+    out = _take(y.reshape(num_groups * head, -1), group * head + place)
+    return jnp.where((row < ends[-1])[:, None], out, 0)
+
+
+# Tiles.
+
+
+def _levels(spans: Spans, num_rows: int) -> list[Level]:
+    """Covers the spans by tiles, largest first; one is left partly empty where the next size would cost more."""
+    sizes = [size for size in _SIZES if size <= num_rows]
+    levels = []
+    for smaller, size in zip([None, *sizes[:-1]], sizes, strict=True):
+        fits = 0 if smaller is None else smaller * ((_TILE_OVERHEAD + size) // (_TILE_OVERHEAD + smaller))
+        levels.append((size, fits))
+    chosen = []
+    for size, fits in reversed(levels):
+        count = spans.count // size + (spans.count % size > fits)
+        covered = jnp.minimum(count * size, spans.count)
+        chosen.append(Level(size, count, Spans(spans.begin, covered)))
+        spans = Spans(spans.begin + covered, spans.count - covered)
+    return chosen
+
+
+def _cost(spans: Spans, num_rows: int) -> jax.Array:
+    """What the tiles of the spans cost, in rows."""
+    costs = [jnp.sum(level.tiles) * (level.size + _TILE_OVERHEAD) for level in _levels(spans, num_rows)]
+    return jnp.sum(jnp.stack(costs))
+
+
+def _batch(level: Level, first: jax.Array, num_rows: int) -> Batch:
+    """Tiles first, first + 1, ... of a level; a tile past the last has no rows of its own."""
+    tile = first + jnp.arange(_BATCH)
+    ends = jnp.cumsum(level.tiles)
+    group = jnp.minimum(jnp.sum(ends <= tile[:, None], axis=1), ends.shape[0] - 1)
+    begin = level.rows.begin[group] + (tile - (ends - level.tiles)[group]) * level.size
+    end = jnp.minimum(begin + level.size, (level.rows.begin + level.rows.count)[group])
+    # A tile that would reach past the last row reads from further up.
+    start = jnp.clip(begin, 0, num_rows - level.size)
+    row = start[:, None] + jnp.arange(level.size)
+    mine = (row >= begin[:, None]) & (row < end[:, None]) & (tile < ends[-1])[:, None]
+    return Batch(group, start, mine)
+
+
+def _rows(a: jax.Array, batch: Batch, size: int) -> jax.Array:
+    return jnp.stack([lax.dynamic_slice_in_dim(a, batch.start[i], size) for i in range(_BATCH)])
+
+
+def _steps(level: Level) -> jax.Array:
+    return -(-jnp.sum(level.tiles) // _BATCH)
+
+
+def _add_products(out: jax.Array, x: jax.Array, rhs: jax.Array, level: Level, transposed: bool) -> jax.Array:
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        batch = _batch(level, i * _BATCH, x.shape[0])
+        kernels = _take(rhs, batch.group).astype(x.dtype)
+        y = _dot(_rows(x, batch, level.size), kernels, 2, 2 if transposed else 1).astype(out.dtype)
+        for tile in range(_BATCH):
+            old = lax.dynamic_slice_in_dim(out, batch.start[tile], level.size)
+            new = jnp.where(batch.mine[tile][:, None], y[tile], old)
+            out = lax.dynamic_update_slice_in_dim(out, new, batch.start[tile], 0)
+        return out
+
+    return lax.fori_loop(0, _steps(level), step, out)
+
+
+def _outer_batch(lhs: jax.Array, grad: jax.Array, mine: jax.Array) -> jax.Array:
+    """`[B, R, K]`, `[B, R, N]`, mine `[B, R]` -> float32 `[B, K, N]`. Both sides are masked: 0 * NaN is NaN."""
+    lhs, grad = (jnp.where(mine[..., None], a, 0) for a in (lhs, grad))
+    # Few rows are transposed faster here than inside XLA:CPU's product.
+    return _dot(lax.optimization_barrier(jnp.swapaxes(lhs, 1, 2)), grad, 2, 1)
+
+
+def _add_outers(out: jax.Array, lhs: jax.Array, grad: jax.Array, level: Level) -> jax.Array:
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        batch = _batch(level, i * _BATCH, lhs.shape[0])
+        y = _outer_batch(_rows(lhs, batch, level.size), _rows(grad, batch, level.size), batch.mine)
+        for tile in range(_BATCH):
+            old = lax.dynamic_index_in_dim(out, batch.group[tile], keepdims=False)
+            out = lax.dynamic_update_index_in_dim(out, old + y[tile], batch.group[tile], 0)
+        return out
+
+    return lax.fori_loop(0, _steps(level), step, out)

@@ -1,0 +1,101 @@
+"""Linear cross entropy by chunks of rows: `[chunk, V]` logits exist at a time, forward and again backward."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_LOGIT_BYTES = 2**28
+
+
+class Rows(NamedTuple):
+    """What goes with each row, `[M]` or by chunks `[n, chunk]`."""
+
+    labels: jax.Array
+    counts: jax.Array
+
+
+def linear_cross_entropy(
+    x: jax.Array, kernel: jax.Array, labels: jax.Array, counts: jax.Array, z_loss: float, chunk_size: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """x `[M, D]`, kernel `[D, V]`, labels int `[M]`, counts bool `[M]` -> (loss, lse) float32 `[M]`."""
+    num_rows = x.shape[0]
+    num_chunks = -(-num_rows // (chunk_size or default_chunk_size(kernel.shape[1])))
+    x, labels, counts = (_deal(a, num_chunks) for a in (x, labels, counts))
+    loss, lse = _chunked(x, kernel, Rows(labels, counts), z_loss)
+    return _gather(loss, num_rows), _gather(lse, num_rows)
+
+
+def default_chunk_size(vocab_size: int) -> int:
+    """Rows whose float32 logits take at most 256 MiB, in whole 128s where that leaves any."""
+    rows = max(_LOGIT_BYTES // (4 * vocab_size), 1)
+    return rows // 128 * 128 or rows
+
+
+def _deal(a: jax.Array, num_chunks: int) -> jax.Array:
+    """`[M, ...]` -> `[num_chunks, chunk, ...]`: row m goes to chunk m % num_chunks.
+
+    So rows that are sharded over a mesh stay where they are, and every device has a part of every chunk.
+    """
+    chunk = -(-a.shape[0] // num_chunks)
+    a = jnp.pad(a, ((0, chunk * num_chunks - a.shape[0]), *((0, 0),) * (a.ndim - 1)))
+    return jnp.swapaxes(a.reshape(chunk, num_chunks, *a.shape[1:]), 0, 1)
+
+
+def _gather(a: jax.Array, num_rows: int) -> jax.Array:
+    return jnp.swapaxes(a, 0, 1).reshape(-1)[:num_rows]
+
+
+def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """bool `[chunk, V]`. A comparison, not a gather: it stays local where V is sharded."""
+    return jax.lax.broadcasted_iota(labels.dtype, logits.shape, 1) == labels[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _chunked(x: jax.Array, kernel: jax.Array, rows: Rows, z_loss: float) -> tuple[jax.Array, jax.Array]:
+    """x `[n, chunk, D]` -> (loss, lse) float32 `[n, chunk]`."""
+
+    def one_chunk(chunk: tuple[jax.Array, Rows]) -> tuple[jax.Array, jax.Array]:
+        x, (labels, counts) = chunk
+        logits = _dot(x, kernel.astype(x.dtype), 1, 0)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        at_label = jnp.sum(jnp.where(_is_label(logits, labels), logits, 0), axis=-1)
+        known = (labels >= 0) & (labels < kernel.shape[1])
+        loss = lse - jnp.where(known, at_label, jnp.nan) + z_loss * lse**2
+        return jnp.where(counts, loss, 0), jnp.where(counts, lse, 0)
+
+    return jax.lax.map(one_chunk, (x, rows))
+
+
+def _forward(x: jax.Array, kernel: jax.Array, rows: Rows, z_loss: float):
+    loss, lse = _chunked(x, kernel, rows, z_loss)
+    return (loss, lse), (x, kernel, rows, lse)
+
+
+def _backward(z_loss: float, saved: tuple[jax.Array, jax.Array, Rows, jax.Array], grads: tuple[jax.Array, jax.Array]):
+    """d loss / d logits = softmax * (1 + 2 z_loss lse) - onehot, and d lse / d logits = softmax."""
+    x, kernel, rows, lse = saved
+
+    def one_chunk(dkernel: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:
+        x, (labels, counts), lse, (dloss, dlse) = chunk
+        x = jnp.where(counts[:, None], x, 0)
+        dloss, dlse = jnp.where(counts, dloss, 0), jnp.where(counts, dlse, 0)
+        logits = _dot(x, kernel.astype(x.dtype), 1, 0)
+        # A row that does not count has lse 0 here: its logits are zeros, so nothing overflows.
+        scaled = (dloss * (1 + 2 * z_loss * lse) + dlse)[:, None] * jnp.exp(logits - lse[:, None])
+        dlogits = (scaled - jnp.where(_is_label(logits, labels), dloss[:, None], 0)).astype(x.dtype)
+        dx = _dot(dlogits, kernel.astype(x.dtype), 1, 1).astype(x.dtype)
+        return dkernel + _dot(x, dlogits, 0, 0), dx
+
+    dkernel, dx = jax.lax.scan(one_chunk, jnp.zeros(kernel.shape, jnp.float32), (x, rows, lse, grads))
+    return dx, dkernel.astype(kernel.dtype), None
+
+
+_chunked.defvjp(_forward, _backward)

@@ -1,0 +1,35 @@
+"""Settings of every test process, made before jax or torch is imported: they read them once, at import."""
+
+import os
+
+import hypothesis
+
+
+def _share_cores() -> None:
+    """Give each xdist worker its part of the cores, so that workers do not fight over threads."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    for name in (
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "NPROC",
+    ):  # NPROC: XLA:CPU's thread pools
+        os.environ.setdefault(name, threads)
+
+
+_share_cores()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tolerances are argued for the CPU; a GPU run names its own platform
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong: fail at once
+
+# Repeatable: the same examples in every run, no limit on time, which a busy machine would break at random.
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")

@@ -1,0 +1,276 @@
+"""The grouped matmul against its plain meaning: values, gradients, poison, and a reasoned answer to every call."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.grouped_matmul import choose_implementation, grouped_matmul, tiles, xla
+
+# (M, K, N, G): one small batch; a padded single row; heads and tiles; tiles up to 512 rows; a decode step.
+SHAPES = [(5, 8, 16, 4), (1, 256, 160, 64), (300, 48, 40, 16), (700, 64, 48, 4), (96, 64, 48, 64)]
+
+
+def sizes_strategy(num_groups: int, num_rows: int) -> st.SearchStrategy[list[int]]:
+    """Group sizes from cuts of the rows: often empty groups, often one large, with or without rows past the end."""
+    cut = st.one_of(st.just(0), st.just(num_rows), st.integers(0, num_rows))
+    return st.lists(cut, min_size=num_groups, max_size=num_groups).map(
+        lambda cuts: np.diff([0, *sorted(cuts)]).tolist()
+    )
+
+
+def operands(shape: tuple[int, int, int, int], dtype: jax.typing.DTypeLike = jnp.float32, seed: int = 0):
+    """lhs, rhs and the gradient of the result."""
+    num_rows, k, n, num_groups = shape
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((num_rows, k), (num_groups, k, n), (num_rows, n))
+    return tuple(jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True))
+
+
+def value_and_gradients(lhs, rhs, sizes, grad, **options) -> list[np.ndarray]:
+    """The result, lhs's gradient and rhs's gradient, in float32."""
+    return [np.asarray(a, np.float32) for a in _value_and_gradients(lhs, rhs, sizes, grad, **options)]
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "interpret", "preferred_element_type"))
+def _value_and_gradients(lhs, rhs, sizes, grad, **options):
+    out, pull = jax.vjp(lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes, **options), lhs, rhs)
+    return out, *pull(grad.astype(out.dtype))
+
+
+def exact(lhs, rhs, sizes, grad) -> list[np.ndarray]:
+    """The same in float64 by a loop over groups."""
+    lhs, rhs, grad = (np.asarray(a, np.float64) for a in (lhs, rhs, grad))
+    out, dlhs, drhs = np.zeros(grad.shape), np.zeros(lhs.shape), np.zeros(rhs.shape)
+    ends = np.cumsum(sizes)
+    for group, (start, end) in enumerate(zip(ends - np.asarray(sizes), ends, strict=True)):
+        out[start:end] = lhs[start:end] @ rhs[group]
+        dlhs[start:end] = grad[start:end] @ rhs[group].T
+        drhs[group] = lhs[start:end].T @ grad[start:end]
+    return [out, dlhs, drhs]
+
+
+def assert_close(found: list[np.ndarray], expected: list[np.ndarray], tolerance: float) -> None:
+    """Errors relative to the largest entry: an entry near zero is the difference of large terms."""
+    for name, a, b in zip(("out", "dlhs", "drhs"), found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(float(np.abs(b).max()), 1e-30), err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@given(data=st.data(), shape=st.sampled_from(SHAPES))
+@settings(max_examples=40, deadline=None)
+def test_matches_float64(implementation: str, data: st.DataObject, shape: tuple[int, int, int, int]):
+    sizes = jnp.asarray(data.draw(sizes_strategy(shape[3], shape[0])), jnp.int32)
+    lhs, rhs, grad = operands(shape)
+    found = value_and_gradients(lhs, rhs, sizes, grad, implementation=implementation)
+    # A float32 sum of n products of normals is off by about sqrt(n) * 6e-8 * sqrt(n); n <= 700 here, and the largest entry is
+    # above sqrt(n): 2e-5 leaves a factor of ten.
+    assert_close(found, exact(lhs, rhs, sizes, grad), 2e-5)
+    used = int(sizes.sum())
+    assert not found[0][used:].any()
+    assert not found[1][used:].any()
+    assert not found[2][np.asarray(sizes) == 0].any()
+
+
+@pytest.mark.parametrize("sizes", [[20] * 15, [0, 300, *[0] * 14], [1, 2, 150, 0, 0, 90, *[4] * 10]])
+def test_bfloat16_is_as_good_as_the_reference_in_bfloat16(sizes: list[int]):
+    lhs, rhs, grad = operands((300, 48, 40, 16), jnp.bfloat16)
+    group_sizes = jnp.asarray(sizes + [0] * (16 - len(sizes)), jnp.int32)
+    truth = exact(lhs, rhs, group_sizes, grad)
+    plain = value_and_gradients(lhs, rhs, group_sizes, grad, implementation="reference")
+    found = value_and_gradients(lhs, rhs, group_sizes, grad, implementation="xla")
+    for a, b, t in zip(found, plain, truth, strict=True):
+        assert np.abs(a - t).max() <= 2 * np.abs(b - t).max()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_poison_stays_where_it_is(implementation: str, shape: tuple[int, int, int, int]):
+    num_rows, num_groups = shape[0], shape[3]
+    lhs, rhs, grad = operands(shape)
+    sizes = np.zeros(num_groups, np.int32)
+    sizes[1] = -(-num_rows // 2)
+    sizes[3] = num_rows // 4
+    used = int(sizes.sum())
+    clean = exact(lhs, rhs, sizes, grad)
+    lhs, grad = lhs.at[used:].set(jnp.nan), grad.at[used:].set(jnp.nan)
+    rhs = rhs.at[np.flatnonzero(sizes == 0)].set(jnp.nan)
+    clean[0][used:] = 0
+    found = value_and_gradients(lhs, rhs, jnp.asarray(sizes), grad, implementation=implementation)
+    assert_close(found, clean, 2e-5)
+
+
+def test_sizes_that_do_not_fit_are_cut_off():
+    lhs, rhs, grad = operands((300, 48, 40, 16))
+    wrong = jnp.asarray([-5, 100, 250, *[7] * 13], jnp.int32)
+    right = jnp.asarray([0, 100, 200, *[0] * 13], jnp.int32)
+    assert_close(value_and_gradients(lhs, rhs, wrong, grad, implementation="xla"), exact(lhs, rhs, right, grad), 2e-5)
+
+
+@given(sizes=st.lists(st.integers(0, 1500), min_size=1, max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_tiles_cover_every_row_once_and_skip_empty_groups(sizes: list[int]):
+    num_rows, counts = max(sum(sizes), 8), np.asarray(sizes)
+    spans = tiles.Spans(jnp.asarray(np.cumsum(counts) - counts, jnp.int32), jnp.asarray(counts, jnp.int32))
+    with jax.disable_jit():
+        levels = tiles._levels(spans, num_rows)
+    seen = np.zeros(num_rows, int)
+    for level in levels:
+        assert not np.asarray(level.tiles)[counts == 0].any()
+        np.testing.assert_array_equal(np.asarray(level.tiles), -(-np.asarray(level.rows.count) // level.size))
+        for begin, count in zip(*(np.asarray(a) for a in level.rows), strict=True):
+            seen[begin : begin + count] += 1
+    np.testing.assert_array_equal(seen, np.arange(num_rows) < counts.sum())
+    # The rows computed are at most three times those asked for, and a smallest tile a group.
+    assert sum(int(level.tiles.sum()) * level.size for level in levels) <= 3 * counts.sum() + 8 * (counts > 0).sum()
+
+
+def test_decode_takes_tiles_and_not_every_matrix():
+    """16 rows in 14 of 128 groups: 14 tiles' matrices are copied, and no head reads all 128."""
+    sizes = np.zeros(128, np.int32)
+    sizes[::9][:14] = 1
+    sizes[0] = 3
+    spans = tiles._spans(jnp.asarray(sizes))
+    assert [int(level.tiles.sum()) for level in tiles._levels(spans, 16)] == [14]
+    assert int(tiles._cost(spans, 16)) < 128 * (8 + tiles._HEAD_OVERHEAD)
+
+
+def test_wide_weights_keep_their_gradient():
+    """bfloat16 rows with float32 weights: the result is bfloat16, and the weights' gradient is not rounded to it."""
+    lhs, rhs, grad = operands((300, 48, 40, 16))
+    sizes = jnp.asarray([20] * 15 + [0], jnp.int32)
+    lhs, grad = lhs.astype(jnp.bfloat16), grad.astype(jnp.bfloat16)
+    truth = exact(lhs, rhs.astype(jnp.bfloat16), sizes, grad)
+    for implementation in ("reference", "xla"):
+        out, pull = jax.vjp(lambda a, b, i=implementation: grouped_matmul(a, b, sizes, implementation=i), lhs, rhs)
+        dlhs, drhs = pull(grad)
+        assert (out.dtype, dlhs.dtype, drhs.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+        # bfloat16 keeps 8 bits: half a unit in the last place is 2**-9 of the value.
+        np.testing.assert_allclose(np.asarray(out, np.float32), truth[0], rtol=2**-8, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(drhs), truth[2], rtol=0, atol=2e-5 * np.abs(truth[2]).max())
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_preferred_element_type(implementation: str):
+    lhs, rhs, grad = operands((300, 48, 40, 16), jnp.bfloat16)
+    sizes = jnp.asarray([18] * 16, jnp.int32)
+    options = {"implementation": implementation, "preferred_element_type": jnp.float32}
+    out = grouped_matmul(lhs, rhs, sizes, **options)
+    assert out.dtype == jnp.float32
+    truth = exact(lhs, rhs, sizes, grad)
+    # Products of bfloat16 are exact in float32, so only the sum rounds.
+    np.testing.assert_allclose(np.asarray(out), truth[0], rtol=0, atol=2e-5 * np.abs(truth[0]).max())
+    found = value_and_gradients(lhs, rhs, sizes, grad, **options)
+    for a, t in zip(found[1:], truth[1:], strict=True):
+        np.testing.assert_allclose(a, t, rtol=2**-8, atol=2**-9 * np.abs(t).max())
+
+
+def test_inside_a_rematerialised_scan():
+    lhs, rhs, _ = operands((96, 48, 48, 64))
+    layers, sizes = jnp.stack([rhs, -rhs]) / 7, jnp.asarray([3] * 20 + [0] * 44, jnp.int32)
+
+    def loss(lhs: jax.Array, layers: jax.Array, implementation: str) -> jax.Array:
+        @jax.checkpoint
+        def layer(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, None]:
+            return x + grouped_matmul(jnp.tanh(x), kernel, sizes, implementation=implementation), None
+
+        return jnp.sum(jax.lax.scan(layer, lhs, layers)[0] ** 2)
+
+    found, expected = (
+        jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)(lhs, layers, name) for name in ("xla", "reference")
+    )
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
+
+
+def test_ragged_dot_form_means_the_same():
+    """What the program is on other platforms, run here."""
+    lhs, rhs, grad = operands((40, 16, 24, 5))
+    sizes = jnp.asarray([3, 0, 20, 10, 0], jnp.int32)
+    lhs, grad = lhs.at[33:].set(jnp.nan), grad.at[33:].set(jnp.nan)
+    options = {"out_dtype": jnp.dtype(jnp.float32)}
+    found = [
+        xla._ragged_product(lhs, rhs, sizes, transposed=False, **options),
+        xla._ragged_product(grad, rhs, sizes, transposed=True, **options),
+        xla._ragged_outer(lhs, grad, sizes, **options),
+    ]
+    assert_close([np.asarray(a) for a in found], exact(lhs, rhs, sizes, grad), 2e-5)
+
+
+def test_the_platform_is_chosen_at_lowering():
+    lhs, rhs, _ = operands((700, 64, 48, 4))
+    sizes = jnp.asarray([100, 0, 300, 250], jnp.int32)
+
+    def loss(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return jnp.sum(grouped_matmul(lhs, rhs, sizes) ** 2)
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(lhs, rhs)
+    text = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
+    assert text["tpu"].count("ragged_dot") >= 3
+    assert "stablehlo.while" not in text["tpu"]
+    assert "stablehlo.while" in text["cpu"]
+    assert "chlo.ragged_dot" not in text["cpu"]
+
+
+def test_megablox_in_the_interpreter():
+    lhs, rhs, grad = operands((384, 128, 256, 4), jnp.bfloat16)
+    sizes = jnp.asarray([130, 0, 70, 100], jnp.int32)
+    truth = exact(lhs, rhs, sizes, grad)
+    lhs, grad = lhs.at[300:].set(jnp.nan), grad.at[300:].set(jnp.nan)
+    plain = value_and_gradients(lhs, rhs, sizes, grad, implementation="reference")
+    found = value_and_gradients(lhs, rhs, sizes, grad, implementation="tpu", interpret=True)
+    for a, b, t in zip(found, plain, truth, strict=True):
+        assert np.abs(a - t).max() <= 2 * np.abs(b - t).max()
+
+
+def test_no_rows():
+    lhs, rhs, grad = operands((0, 8, 16, 4))
+    for implementation in ("reference", "xla"):
+        out, dlhs, drhs = value_and_gradients(lhs, rhs, jnp.zeros(4, jnp.int32), grad, implementation=implementation)
+        assert (out.shape, dlhs.shape) == ((0, 16), (0, 8))
+        assert not drhs.any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 8, 16, 4), (128, 128, 128, 2)])
+@pytest.mark.parametrize("interpret", [False, True])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu", "gpu", None])
+def test_every_pair_gives_a_result_or_a_reason(implementation, interpret, shape, dtype):
+    lhs, rhs, _ = operands(shape, dtype)
+    sizes = jnp.full((shape[3],), shape[0] // shape[3], jnp.int32)
+    options = {"implementation": implementation, "interpret": interpret}
+    # This suite's backend is the CPU.
+    served = implementation in ("reference", "xla", None)
+    served |= implementation == "tpu" and interpret and dtype == jnp.bfloat16 and shape[0] == 128
+    if served:
+        assert choose_implementation(lhs, rhs, sizes, **options) == (implementation or "xla")
+        assert grouped_matmul(lhs, rhs, sizes, **options).shape == (shape[0], shape[2])
+    else:
+        with pytest.raises(
+            NotImplementedError, match=r"grouped_matmul: implementation '(tpu|gpu)' cannot serve this call: .{20}"
+        ):
+            grouped_matmul(lhs, rhs, sizes, **options)
+
+
+def test_wrong_calls_are_named():
+    lhs, rhs, sizes = jnp.zeros((6, 8)), jnp.zeros((2, 8, 4)), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match="expected lhs"):
+        grouped_matmul(lhs[0], rhs, sizes)
+    with pytest.raises(ValueError, match="differ in K"):
+        grouped_matmul(lhs[:, :7], rhs, sizes)
+    with pytest.raises(ValueError, match="2 groups, group_sizes 1"):
+        grouped_matmul(lhs, rhs, sizes[:1])
+    with pytest.raises(ValueError, match="empty axis"):
+        grouped_matmul(lhs, rhs[:, :, :0], sizes)
+    with pytest.raises(TypeError, match="int32, found float32"):
+        grouped_matmul(lhs, rhs, sizes.astype(jnp.float32))
+    with pytest.raises(TypeError, match="lhs must be float32 or bfloat16, found int32"):
+        grouped_matmul(lhs.astype(jnp.int32), rhs, sizes)
+    with pytest.raises(TypeError, match="preferred_element_type must be"):
+        grouped_matmul(lhs, rhs, sizes, preferred_element_type=jnp.int8)
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
+        grouped_matmul(lhs, rhs, sizes, implementation="cuda")
