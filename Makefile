@@ -52,19 +52,23 @@ clean: ## remove the environments and what tools leave
 
 # A stamp a set of extras; the larger sets contain the smaller.
 $(VENV)/.demo: $(VENV)/.python $(PINS)
-	$(VENV)/bin/python $(PIP) -c $(call CONSTRAINTS,$(VENV)) -e '.[demo]'
+	@echo "installing '.[demo]' into $(VENV) (a minute or two)"
+	@$(VENV)/bin/python $(PIP) -c $(call CONSTRAINTS,$(VENV)) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.python $(PINS)
-	$(VENV)/bin/python $(PIP) -c $(call CONSTRAINTS,$(VENV)) -e '.[test]'
+	@echo "installing '.[test]' into $(VENV) (a minute or two)"
+	@$(VENV)/bin/python $(PIP) -c $(call CONSTRAINTS,$(VENV)) -e '.[test]'
 	@touch $(VENV)/.demo $@
 
 $(VENV)/.dev: $(VENV)/.python $(PINS)
-	$(VENV)/bin/python $(PIP) -c $(call CONSTRAINTS,$(VENV)) -e '.[dev]'
+	@echo "installing '.[dev]' into $(VENV) (a minute or two)"
+	@$(VENV)/bin/python $(PIP) -c $(call CONSTRAINTS,$(VENV)) -e '.[dev]'
 	@touch $(VENV)/.demo $(VENV)/.test $@
 
 $(LATEST_VENV)/.test: $(LATEST_VENV)/.python $(PINS)
-	$(LATEST_VENV)/bin/python $(PIP) -c $(call CONSTRAINTS,$(LATEST_VENV)) -e '.[test]'
+	@echo "installing '.[test]' into $(LATEST_VENV) (a minute or two)"
+	@$(LATEST_VENV)/bin/python $(PIP) -c $(call CONSTRAINTS,$(LATEST_VENV)) -e '.[test]'
 	@touch $@
 
 $(VENV)/.python:

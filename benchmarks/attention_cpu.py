@@ -2,10 +2,10 @@
 
     python benchmarks/attention_cpu.py [--rounds 7] [--backward] [--only 512] [--core 2]
 
-Both get the same float32 values, the same cores and threads; each gets its own natural layout (torch [B, H, T, D], ours
-[B, T, H, D]). The two take turns, round by round, and the best round counts, so that other load on the machine hurts both
-alike. Torch's causal is `is_causal=True`; its window is a dense boolean mask, as it has no other. `cpu` is process time: work
-done, whatever else runs. `--core N` pins the process to one core.
+Both get the same float32 values, the same cores and threads; each gets its own natural layout (torch [B, H, T, D],
+ours [B, T, H, D]). The two take turns, round by round, and the best round counts, so that other load on the machine
+hurts both alike. Torch's causal is `is_causal=True`; its window is a dense boolean mask, as it has no other. `cpu` is
+process time: work done, whatever else runs. `--core N` pins the process to one core.
 """
 
 import argparse
@@ -94,7 +94,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(cores)
-    print(f"fp32, {cores} cores, load {os.getloadavg()[0]:.1f}, {'forward+backward' if args.backward else 'forward'}, ms")
+    print(
+        f"fp32, {cores} cores, load {os.getloadavg()[0]:.1f}, {'forward+backward' if args.backward else 'forward'}, ms"
+    )
     print("| B | T | H | K | D | window | torch wall | ours wall | ratio | torch cpu | ours cpu | ratio | error |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     rng = np.random.default_rng(0)

@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -85,31 +84,31 @@ def compare(ours: Step, theirs: Step, repeats: int) -> tuple[float, float]:
 
 def train_rows(hf: transformers.PreTrainedModel, model: Transformer) -> Iterator[tuple[str, Step, Step, int]]:
     """Forward, backward and an AdamW step."""
-    scanned = with_layers(model, scan=False)
+    scanned = with_layers(model, scan=True)
+    optimizer = adamw(lambda _: 1e-5, weight_decay=0.1, clip_norm=1.0)
+    torch_optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
+    hf.train()
     for batch, length in ((4, 512), (1, 2048)):
         tokens = np.random.default_rng(0).integers(2, SHAPE["vocab_size"], (batch, length))
-        optimizer = adamw(lambda _: 1e-5, weight_decay=0.1, clip_norm=1.0)
-        graphdef, state = init_state(nnx.merge(*jax.tree.map(jnp.copy, nnx.split(scanned))), optimizer)
+        graphdef, params = nnx.split(scanned)
+        graphdef, state = init_state(nnx.merge(graphdef, jax.tree.map(jnp.copy, params)), optimizer)
         rows = PackedRows(jnp.asarray(tokens, jnp.int32), jnp.ones((batch, length), jnp.int32))
-        kept = [state]
-        torch_optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
-        ids = torch.tensor(tokens)
+        kept, ids = [state], torch.tensor(tokens)
+        del state, params
 
-        def ours() -> None:
+        def ours(graphdef=graphdef, kept=kept, rows=rows) -> None:
             kept[0], metrics = train_step(graphdef, kept[0], rows, optimizer=optimizer, loss=LossConfig())
             jax.block_until_ready((kept[0].params, metrics))
 
-        def theirs() -> None:
+        def theirs(ids=ids) -> None:
             hf(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
             torch_optimizer.step()
             torch_optimizer.zero_grad()
 
-        hf.train()
         yield f"train {batch} x {length}", ours, theirs, 3
-        hf.eval()
         kept.clear()
-        del torch_optimizer
+    hf.eval()
 
 
 def prefill_rows(hf: transformers.PreTrainedModel, model: Transformer) -> Iterator[tuple[str, Step, Step, int]]:

@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from exaone_jax.checkpoints.load import open_checkpoint, read_open
+from exaone_jax.checkpoints.names import ParameterPath
 from exaone_jax.errors import InputError
 from exaone_jax.inference.text import generate
 from exaone_jax.model import Transformer
@@ -38,7 +40,7 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None, scan_layers:
         params = read_open(config, checkpoint, dtype=dtype)
     compute = jnp.dtype(dtype or config.dtype)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype=compute, rngs=nnx.Rngs(0))))
-    filled = [(name, leaf.replace(params.pop(name))) for name, leaf in nnx.to_flat_state(state)]
+    filled = [(key, leaf.replace(params.pop(cast(ParameterPath, key)))) for key, leaf in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(filled))
     model.source = str(path)
     scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers

@@ -12,7 +12,9 @@ IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 _logged: set[tuple[str, str, str]] = set()
 
 
-def choose(op: str, implementation: str | None, reasons: Mapping[str, str | None], *, order: Iterable[str] | None = None) -> str:
+def choose(
+    op: str, implementation: str | None, reasons: Mapping[str, str | None], *, order: Iterable[str] | None = None
+) -> str:
     """Returns the name of the implementation that serves this call.
 
     Args:

@@ -1,8 +1,10 @@
 """Every EXAONE language model in plain numpy: the meaning that the JAX model is checked against.
 
-Written from the published description of the models alone; it shares no code with `exaone_jax`. One sequence at a time, loops where they read
-better, float64 unless asked otherwise, no cache. `config` is a `config.json` as a dict, `tensors` maps Hugging Face names to
-numpy arrays (Linear weights `[out, in]`). Shapes: T tokens, D hidden, H query heads, K key/value heads, E experts, V vocabulary.
+Written from the published description of the models alone; it shares no code with `exaone_jax`. One sequence at a time,
+loops where they read better, float64 unless asked otherwise, no cache. `config` is a `config.json` as a dict, `tensors` maps
+Hugging Face names to numpy arrays (Linear weights `[out, in]`).
+
+Shapes: T tokens, D hidden, H query heads, K key/value heads, E experts, V vocabulary.
 
 It covers what transformers 5.23 does not compute: K-EXAONE 2.0's per-layer windows and SwiGLU clamps, and the MTP layer.
 """
@@ -266,7 +268,7 @@ def inverse_frequencies(config: dict) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """Rotary embedding of one head `x [T, head_dim]`: the two halves are the two coordinates. Angles are float32 by definition."""
+    """Rotary embedding of one head `x [T, head_dim]`, whose halves are the two coordinates. Angles are float32 by definition."""
     angles = (positions.astype(np.float32)[:, None] * frequencies).astype(x.dtype)
     cos, sin = np.cos(angles), np.sin(angles)
     first, second = np.split(x, 2, axis=-1)

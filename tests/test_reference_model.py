@@ -13,18 +13,25 @@ def tokens_of(seed: int, length: int = LENGTH) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", TRANSFORMERS)
-def test_logits_are_those_of_transformers(case: str, tmp_path):
+def test_logits_are_those_of_transformers(case: str, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.model.hf_models import build
 
     hf = build(case, tmp_path, dtype=torch.float64)
+    rotary = [m for name, m in hf.model.named_modules() if name.endswith("rotary_emb") and "visual" not in name]
+    frequencies = rotary[0].inv_freq.numpy()
+    np.testing.assert_allclose(
+        reference_model.inverse_frequencies(reference_model.text_config(hf.config)), frequencies, 1e-6
+    )
+    # The last bit of a frequency is 8e-5 radians at position 640, and 3e-4 in the logits: with theirs the rest can be seen.
+    monkeypatch.setattr(reference_model, "inverse_frequencies", lambda config: frequencies)
     tokens = tokens_of(1)
     ours = reference_model.run(hf.config, hf.tensors, tokens).logits
     theirs = hf.logits(tokens[None])[0]
-    # transformers keeps norms, softmax, router and rotation in float32 whatever the model's dtype. The largest of these is the
-    # angle, up to 640 radians with a spacing of 6e-5, where the two round differently. A mistake in the network is 1e-2 or more.
-    np.testing.assert_allclose(ours, theirs, atol=3e-4, rtol=0)
+    # transformers keeps norms, softmax, router and cos/sin in float32 whatever the model's dtype: errors of 6e-8 on values of
+    # about 1, some hundred times over. A mistake in the network is 1e-2 or more.
+    np.testing.assert_allclose(ours, theirs, atol=3e-5, rtol=0)
     assert ours.std() > 0.5, "logits without spread would agree whatever the network"
 
 
@@ -38,7 +45,8 @@ def test_what_transformers_leaves_out_is_seen(case: str):
         without = reference_model.run(config | {"swiglu_limits": [0.0] * len(config["layer_types"])}, tensors, tokens)
         assert np.abs(out.logits - without.logits).max() > 0.1
     first, second = reference_model.mtp_logits(config, tensors, tokens, steps=2)
-    assert first.shape == (199, VOCAB) and second.shape == (198, VOCAB)
+    assert first.shape == (199, VOCAB)
+    assert second.shape == (198, VOCAB)
     assert np.abs(first - out.logits[1:]).max() > 0.1
 
 

@@ -100,6 +100,7 @@ def new_directory(dst: Path, *, overwrite: bool, replaceable: frozenset[str]) ->
     Overwriting swaps the two in one step where the system can, and then removes the old one. It refuses to remove files
     that are neither written again nor named by `replaceable` (names of the top level, or suffixes that begin with a dot).
     """
+    dst = dst.absolute()
     with storage_errors(str(dst)):
         dst.parent.mkdir(parents=True, exist_ok=True)
         sweep(dst)

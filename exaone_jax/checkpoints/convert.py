@@ -27,7 +27,7 @@ from exaone_jax.checkpoints.hf_writer import MAX_SHARD_BYTES, HFLayout, HFWriter
 from exaone_jax.checkpoints.load import checked_config, open_checkpoint
 from exaone_jax.checkpoints.matching import check_stacks, check_tensors
 from exaone_jax.checkpoints.memory import MemoryTree
-from exaone_jax.checkpoints.names import MTP_PREFIX, path_name, tensor_map
+from exaone_jax.checkpoints.names import path_name, tensor_map
 from exaone_jax.checkpoints.native import (
     RESERVED,
     Manifest,
@@ -400,6 +400,3 @@ def _config_json(config: ModelConfig, extra_files_from: Path | None) -> bytes:
     if config_from_hf(raw)[0] != config:
         raise CheckpointError("the configuration cannot be written as a config.json that reads back the same")
     return json.dumps(raw, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-__all__ = ["MTP_PREFIX", "ConvertReport", "from_hf", "save_hf", "save_native", "to_hf"]

@@ -86,13 +86,16 @@ def open_hf(path: Path | str) -> HFDirectory:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path}: {what}, expected a directory with {CONFIG_FILE} and safetensors files")
-    names = sorted(entry.name for entry in path.iterdir())
+    try:
+        names = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     weights = [name for name in names if name.endswith(".safetensors")]
     if not weights and INDEX_FILE not in names:
         raise CheckpointError(_no_weights(path, names))
     if INDEX_FILE not in names:
         return _open_files(path, _single(path, weights), None, {})
-    raw = _read_limited(path / INDEX_FILE)
+    raw = _read_limited(resolve_inside(path, INDEX_FILE))
     weight_map, total_size = parse_index(raw, str(path / INDEX_FILE))
     _check_shards(path, weights, set(weight_map.values()))
     directory = _open_files(path, sorted(set(weight_map.values())), raw, weight_map)
@@ -124,10 +127,13 @@ def _single(path: Path, weights: list[str]) -> list[str]:
 
 
 def _read_limited(path: Path, limit: int = MAX_HEADER_BYTES) -> bytes:
-    size = path.stat().st_size
-    if size > limit:
-        raise CheckpointError(f"{path}: {size} bytes, expected at most {limit}")
-    return path.read_bytes()
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise CheckpointError(f"{path}: {size} bytes, expected at most {limit}")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def parse_index(raw: bytes, where: str) -> tuple[dict[str, str], int | None]:

@@ -1,6 +1,7 @@
 """Parameters from a checkpoint, in either form, straight to devices: each device's slices are read and nothing else."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from exaone_jax.checkpoints.bits import FLOATS, as_bits, as_float, cast, transpose_into
+from exaone_jax.checkpoints.copying import default_workers
 from exaone_jax.checkpoints.directory import CONFIG_FILE, HFDirectory, open_hf
 from exaone_jax.checkpoints.matching import check_stacks, check_tensors, without_mtp
-from exaone_jax.checkpoints.names import Parameter, ParameterPath, parameters, path_name
+from exaone_jax.checkpoints.names import Parameter, ParameterPath, TensorMap, parameters, path_name
 from exaone_jax.checkpoints.native import NativeDirectory, is_native
 from exaone_jax.config.hf import quantization, read_config_and_extra
 from exaone_jax.config.model import ModelConfig
 from exaone_jax.errors import CheckpointError
 
 Checkpoint = HFDirectory | NativeDirectory
-_BLOCK_BYTES = 64 << 20  # of Hugging Face rows read at a time
+_BLOCK_BYTES = 16 << 20  # of Hugging Face rows that one thread reads at a time
 
 
 def open_checkpoint(path: Path | str) -> tuple[ModelConfig, Checkpoint]:
@@ -132,35 +134,42 @@ def _reader(checkpoint: Checkpoint, parameter: Parameter, dtype: DTypeLike | Non
 def _assemble(
     directory: HFDirectory, parameter: Parameter, index: tuple[slice, ...], stored: str, target: np.dtype[Any]
 ) -> NDArray[Any]:
-    """A slice of a parameter from the rows of the tensors stacked in it."""
+    """A slice of a parameter from the rows of the tensors stacked in it, blocks of rows read by several threads."""
     depth = len(parameter.stacked)
     lead, unit = index[:depth], index[depth:]
     out = np.empty(tuple(part.stop - part.start for part in index), target)
+    blocks = []
     for tensor in parameter.tensors:
-        if not all(part.start <= place < part.stop for part, place in zip(lead, tensor.index, strict=True)):
-            continue
-        place = tuple(at - part.start for at, part in zip(tensor.index, lead, strict=True))
-        slot, rows = out[place], unit[1] if tensor.transpose else unit[0]
-        step = max(1, _BLOCK_BYTES * tensor.shape[0] // (tensor.size * FLOATS[stored].itemsize))
-        for begin in range(rows.start, rows.stop, step):
-            end = min(begin + step, rows.stop)
-            bits = directory.read_rows(tensor.name, begin, end)
-            local = slice(begin - rows.start, end - rows.start)
-            _place(bits, slot, local, unit[0] if tensor.transpose else None, stored, target)
+        if all(part.start <= place < part.stop for part, place in zip(lead, tensor.index, strict=True)):
+            slot = out[tuple(at - part.start for at, part in zip(tensor.index, lead, strict=True))]
+            rows, *rest = unit[::-1] if tensor.transpose else unit
+            step = max(1, _BLOCK_BYTES * tensor.shape[0] // (tensor.size * FLOATS[stored].itemsize))
+            for begin in range(rows.start, rows.stop, step):
+                blocks.append((tensor, slice(begin, min(begin + step, rows.stop)), rest, rows.start, slot))
+    with ThreadPoolExecutor(min(default_workers(), max(1, len(blocks))), thread_name_prefix="load") as pool:
+        list(pool.map(lambda block: _fill(directory, stored, *block), blocks))
     return out
 
 
-def _place(
-    bits: NDArray[Any], slot: NDArray[Any], rows: slice, columns: slice | None, stored: str, target: np.dtype[Any]
+def _fill(
+    directory: HFDirectory,
+    stored: str,
+    tensor: TensorMap,
+    rows: slice,
+    rest: list[slice],
+    first: int,
+    slot: NDArray[Any],
 ) -> None:
-    """Put Hugging Face rows into a unit; `columns`: they are transposed, and only these of their columns are wanted."""
-    same = FLOATS[stored] == target
-    if columns is None:
-        slot[rows] = bits.view(target) if same else as_float(bits, stored)
-    elif same:
-        transpose_into(bits[:, columns], as_bits(slot)[:, rows])
+    """Read whole rows of one tensor and put their part `rest` into its place; row `first` is the first of the place."""
+    same = FLOATS[stored] == slot.dtype  # then nothing but bits is moved
+    target = as_bits(slot) if same else slot
+    bits = directory.read_rows(tensor.name, rows.start, rows.stop)
+    block = (bits if same else as_float(bits, stored))[(slice(None), *rest)]
+    place = slice(rows.start - first, rows.stop - first)
+    if tensor.transpose:
+        transpose_into(block, target[:, place])
     else:
-        transpose_into(as_float(bits, stored)[:, columns], slot[:, rows])
+        target[place] = block
 
 
 def _sharded(parameter: Parameter, sharding: jax.sharding.Sharding, read: _Read) -> jax.Array:

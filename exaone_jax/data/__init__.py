@@ -3,5 +3,6 @@
 from exaone_jax.data.packing import PackedRows, pack
 from exaone_jax.data.pipeline import pipeline
 from exaone_jax.data.sources import python_files
+from exaone_jax.data.tokenising import tokenise
 
-__all__ = ["PackedRows", "pack", "pipeline", "python_files"]
+__all__ = ["PackedRows", "pack", "pipeline", "python_files", "tokenise"]

@@ -39,9 +39,6 @@ class TokenLoss(NamedTuple):
     def mean(self) -> jax.Array:
         return self.total / jnp.maximum(self.tokens, 1.0)
 
-    def __add__(self, other: "TokenLoss") -> "TokenLoss":  # pyright: ignore[reportIncompatibleMethodOverride]
-        return TokenLoss(self.total + other.total, self.tokens + other.tokens)
-
 
 class LossMetrics(NamedTuple):
     """float32 scalars, in nats a token where they are token losses.
@@ -98,7 +95,9 @@ def has_mtp_loss(model: Transformer, config: LossConfig) -> bool:
     if layer is None or config.mtp_weight == 0:
         return False
     if layer.moe:
-        raise ConfigError("a multi-token-prediction layer with experts cannot be trained: its routers would not balance")
+        raise ConfigError(
+            "a multi-token-prediction layer with experts cannot be trained: its routers would not balance"
+        )
     return True
 
 

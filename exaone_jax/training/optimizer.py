@@ -12,6 +12,8 @@ from optax import contrib
 from exaone_jax.errors import ConfigError
 from exaone_jax.model.linear import Axes
 
+Tree = Any  # an nnx.State, whole or with optax's MaskedNode in the place of values
+
 
 class Optimizer(NamedTuple):
     """An optax transformation of nnx.State gradients, and its learning rate at each step, to be reported."""
@@ -91,21 +93,21 @@ def muon(
     return Optimizer(optax.chain(optax.clip_by_global_norm(clip_norm), update), schedule)
 
 
-def decays(params: nnx.State) -> nnx.State:
+def decays(params: Tree) -> Tree:
     """For each parameter whether weight decay applies: to matrices, but not to the embedding `[V, D]`."""
     return _each(params, lambda axes: len(_unstacked(axes)) == 2 and axes[0] != "vocab")
 
 
-def _labels(params: nnx.State) -> nnx.State:
+def _labels(params: Tree) -> Tree:
     return _each(params, lambda axes: "muon" if len(_unstacked(axes)) == 2 and "vocab" not in axes else "adamw")
 
 
-def _dimensions(params: nnx.State) -> nnx.State:
+def _dimensions(params: Tree) -> Tree:
     """The axes of a matrix product, for parameters `[..., in, out]`."""
     return _each(params, lambda axes: contrib.MuonDimensionNumbers(len(axes) - 2, len(axes) - 1))
 
 
-def _scaled_like_adamw(updates: nnx.State, params: nnx.State | None) -> nnx.State:
+def _scaled_like_adamw(updates: Tree, params: Tree) -> Tree:
     """An orthogonal matrix `[in, out]` has root mean square 1 / sqrt(max(in, out))."""
     del params
     return jax.tree.map(lambda update: 0.2 * math.sqrt(max(update.shape[-2:])) * update, updates)
@@ -117,7 +119,7 @@ def _unstacked(axes: Axes) -> Axes:
     return axes[1:] if axes[0] == "experts" else axes
 
 
-def _each(params: nnx.State, rule: Callable[[Axes], Any]) -> nnx.State:
+def _each(params: Tree, rule: Callable[[Axes], Any]) -> Tree:
     """`rule` of the logical axes of each parameter, in its place; where optax has masked the value out it stays so."""
 
     def apply(variable: nnx.Variable[Any]) -> nnx.Variable[Any]:

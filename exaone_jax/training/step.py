@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def train_step(
 
     (_, (metrics, stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = cast(nnx.State, optax.apply_updates(state.params, updates))
     router_biases = balanced(state.router_biases, stats, router_bias_rate)
     learning_rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
     report = StepMetrics(metrics, optax.tree.norm(grads), learning_rate)
@@ -101,10 +101,10 @@ def train_step(
 def balanced(router_biases: nnx.State, stats: tuple[SegmentStats, ...], rate: float) -> nnx.State:
     """Router biases `[R, E]` after a step: b_e + rate * sign(mean load - load_e), DeepSeek-V3's rule (arXiv 2412.19437)."""
 
-    def moved(path: tuple[str | int, ...], bias: RouterBias) -> RouterBias:
-        if path[0] != "segments":  # a multi-token-prediction layer with experts, which is not trained
+    def moved(path: tuple[Any, ...], bias: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
+        router = stats[path[1]][path[2]] if path[0] == "segments" else None
+        if router is None:  # of a multi-token-prediction layer with experts, which is not trained
             return bias
-        router = stats[path[1]][path[2]]
         error = jnp.mean(router.load, axis=-1, keepdims=True) - router.load
         return bias.replace(bias[...] + rate * jnp.sign(error))
 
@@ -130,4 +130,6 @@ def evaluate(graphdef: Graph, state: TrainState, batches: Iterable[PackedRows]) 
     main, ahead = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *sums)
     if main.tokens == 0:
         raise InputError("evaluation needs at least one document of two tokens or more")
-    return Evaluation(main.total / main.tokens, int(main.tokens), None if ahead is None else ahead.total / max(ahead.tokens, 1))
+    return Evaluation(
+        main.total / main.tokens, int(main.tokens), None if ahead is None else ahead.total / max(ahead.tokens, 1)
+    )

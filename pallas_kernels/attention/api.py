@@ -59,12 +59,14 @@ def attention(
 ) -> Array | tuple[Array, Array]:
     """Grouped-query attention: `softmax(scale * q k^T) v` over the keys that each query may see.
 
-    Query i of row b sits at key index `q_offset[b] + i` and sees key j iff `0 <= q_offset[b] + i - j` (causal), the same
-    difference is `< window` (W keys, self included), and their segment ids are equal. Query head h reads kv head
-    `h // (H / K)`. A query that sees nothing gives zeros (lse -inf) and zero gradients. A key that no query of its row sees
-    may hold anything, NaN included. The softmax is float32; float32 inputs are multiplied in full float32.
+    Query i of row b sits at key index `q_offset[b] + i` and sees key j iff `0 <= q_offset[b] + i - j` (causal), the
+    same difference is `< window` (W keys, self included), and their segment ids are equal. Query head h reads kv head
+    `h // (H / K)`. A query that sees nothing gives zeros (lse -inf) and zero gradients. A key that no query of its
+    row of the batch sees may hold anything, NaN included; one that some of them see must be finite. The softmax is
+    float32; float32 inputs are multiplied in full float32.
 
-    Differentiable in q, k and v (reverse mode). Under a sharded jit call it inside `shard_map`: "xla" loops over batch and heads.
+    Differentiable in q, k and v (reverse mode). On several devices call it inside `shard_map`: "xla" loops over batch
+    and heads, which a sharded jit would gather.
 
     Args:
       q: float32 or bfloat16 or float16 [B, T, H, D].
@@ -92,9 +94,9 @@ def attention(
     name = choose("attention", implementation, _reasons(interpret))
     if isinstance(q_offset, int | np.integer) and window is not None and window >= q_offset + q.shape[1]:
         window = None  # it hides nothing: the causal path
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     run = reference.attention if name == "reference" else xla.attention
-    out, lse = run(q, k, v, offsets, segments, causal=causal, window=window, scale=scale)
+    out, lse = run(q, k, v, offsets, segments, causal=causal, window=window, scale=factor)
     return (out, lse) if return_lse else out
 
 
@@ -124,7 +126,9 @@ def _check_qkv(q: Array, k: Array, v: Array) -> None:
     if k.shape != v.shape:
         raise ValueError(f"attention: k and v must have one shape [B, S, K, D], found {k.shape} and {v.shape}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention: q [B, T, H, D] and k [B, S, K, D] must agree in B and D, found {q.shape} and {k.shape}")
+        raise ValueError(
+            f"attention: q [B, T, H, D] and k [B, S, K, D] must agree in B and D, found {q.shape} and {k.shape}"
+        )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {k.shape[2]} kv heads do not divide {q.shape[2]} query heads")
 
@@ -147,11 +151,13 @@ def _check_segments(segment_ids: Segments, q: Array, k: Array) -> tuple[Array, A
     if not isinstance(segment_ids, tuple):
         if q.shape[1] != k.shape[1]:
             raise ValueError(
-                f"attention: one segment_ids array needs T == S, found T={q.shape[1]}, S={k.shape[1]}; give (q_ids, kv_ids)"
+                f"attention: one segment_ids array needs T == S, found T={q.shape[1]}, S={k.shape[1]}: give a pair"
             )
         segment_ids = (segment_ids, segment_ids)
     if len(segment_ids) != 2:
-        raise ValueError(f"attention: segment_ids must be one array or (q_ids, kv_ids), found {len(segment_ids)} arrays")
+        raise ValueError(
+            f"attention: segment_ids must be one array or (q_ids, kv_ids), found {len(segment_ids)} arrays"
+        )
     for name, ids, like in (("q", segment_ids[0], q), ("kv", segment_ids[1], k)):
         if ids.shape != like.shape[:2]:
             raise ValueError(f"attention: {name} segment_ids must have shape {like.shape[:2]}, found {ids.shape}")
@@ -161,7 +167,7 @@ def _check_segments(segment_ids: Segments, q: Array, k: Array) -> tuple[Array, A
 
 
 def _check_offset(q_offset: int | Array, batch: int) -> Array:
-    if isinstance(q_offset, int | np.integer) and not isinstance(q_offset, bool):
+    if isinstance(q_offset, int | np.integer):
         return jnp.full((batch,), q_offset, jnp.int32)
     if not isinstance(q_offset, jax.Array | np.ndarray):
         raise TypeError(f"attention: q_offset must be an int or int32 [B], found {q_offset!r}")

@@ -16,7 +16,10 @@ def visible(
     causal: bool,
     window: int | None,
 ) -> Array:
-    """Returns bool [B, T, S]: which keys each query may see. `q_offset` is int32 [B], `segments` ([B, T], [B, S]) or None."""
+    """Returns bool [B, T, S]: which keys each query may see.
+
+    `q_offset` is int32 [B], `segments` is None or the pair (int32 [B, T], int32 [B, S]).
+    """
     q_index = q_offset[:, None, None] + jnp.arange(num_queries)[None, :, None]
     distance = q_index - jnp.arange(num_keys)
     mask = jnp.ones(distance.shape, bool)
@@ -50,7 +53,9 @@ def attention(
     k, v = jnp.where(seen, k, 0), jnp.where(seen, v, 0)
 
     grouped = q.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32) * scale
+    scores = (
+        jnp.einsum("btkgd,bskd->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32) * scale
+    )
     mask = mask[:, None, None]
     scores = jnp.where(mask, scores, _HIDDEN)
     peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))

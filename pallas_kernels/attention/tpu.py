@@ -1,4 +1,4 @@
-"""Attention on TPU: not written yet. The name is kept so that asking for it gives a reason, never another implementation."""
+"""Attention on TPU: not written yet. The name stands so that asking for it gives a reason, not something else."""
 
 
 def unsupported() -> str | None:

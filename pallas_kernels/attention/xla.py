@@ -1,8 +1,9 @@
 """Attention in plain XLA: time O(T W) under a window, O(T^2 / 2) causal, and memory O(T D) both ways.
 
-The forward is FlashAttention's running softmax (Dao et al. 2022, arXiv:2205.14135); the backward recomputes the weights from
-the saved log-sum-exp. Heads and query blocks are loops; a query block visits only the key tiles that it can see, with bounds
-computed as it goes, so one program serves every offset and length. Under a short window the whole span is one tile.
+The forward is FlashAttention's running softmax (Dao et al. 2022, arXiv:2205.14135); the backward recomputes the weights
+from the saved log-sum-exp. Heads and query blocks are loops; a query block visits only the key tiles that it can see,
+with bounds computed as it goes, so one program serves every offset and length. Under a short window the whole span is
+one tile.
 
 Tiles are small enough for the second-level cache: XLA:CPU writes every tile of scores out, and larger ones spill.
 """
@@ -45,7 +46,7 @@ class _Plan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """One query block: first and last position, and per row (position-major, then head of the group) position and segment."""
+    """One query block: its first and last position; per row (position-major, then head of the group) its own."""
 
     first: Array
     last: Array
@@ -150,7 +151,9 @@ def _rows(plan: _Plan, offset: Array, block: Array, row_segments: Array | None) 
     return _Rows(first, last, jnp.minimum(first + step, last), row_segments)
 
 
-def _tile(plan: _Plan, rows: _Rows, k: Array, v: Array, key_segments: Array | None, start: Array, masked: bool) -> _Tile:
+def _tile(
+    plan: _Plan, rows: _Rows, k: Array, v: Array, key_segments: Array | None, start: Array, masked: bool
+) -> _Tile:
     k = jax.lax.dynamic_slice_in_dim(k, start, plan.block_k)
     v = jax.lax.dynamic_slice_in_dim(v, start, plan.block_k)
     if not masked:
@@ -219,7 +222,8 @@ def _forward(plan: _Plan, q: Array, k: Array, v: Array, q_offset: Array, segment
 
     def tile_step(rows: _Rows, q_rows: Array, keys: Any, start: Array, carry: Any, masked: bool) -> Any:
         peak, total, out = carry
-        tile = _tile(plan, rows, *keys, start, masked)
+        k_head, v_head, key_segments = keys
+        tile = _tile(plan, rows, k_head, v_head, key_segments, start, masked)
         scores = _dot("md,sd->ms", q_rows, tile.k)
         if score_scale != 1.0:
             scores = scores * score_scale
@@ -239,9 +243,7 @@ def _forward(plan: _Plan, q: Array, k: Array, v: Array, q_offset: Array, segment
         def block(xs: Any) -> tuple[Array, Array]:
             index, q_block, block_segments = xs
             rows = _rows(plan, offset, index, block_segments)
-            step = lambda start, carry, masked: tile_step(  # noqa: E731
-                rows, q_block, (k_head, v_head, key_segments), start, carry, masked
-            )
+            step = functools.partial(tile_step, rows, q_block, (k_head, v_head, key_segments))
             init = (jnp.full((height, 1), _HIDDEN), jnp.zeros((height, 1)), jnp.zeros((height, dim)))
             peak, total, out = _over_tiles(plan, rows, step, init)
             empty = total == 0
@@ -272,8 +274,10 @@ def _backward(plan: _Plan, residuals: Any, grads: tuple[Array, Array]) -> Any:
     def tile_step(rows: _Rows, block: Any, keys: Any, start: Array, carry: Any, masked: bool) -> Any:
         q_block, d_block, lse_block, shift_block = block
         d_q, d_k, d_v = carry
-        tile = _tile(plan, rows, *keys, start, masked)
-        # Scores stand transposed, [keys, rows]: of the five products only d_q then has a transposed left side, slow on XLA:CPU.
+        k_head, v_head, key_segments = keys
+        tile = _tile(plan, rows, k_head, v_head, key_segments, start, masked)
+        # Scores stand transposed, [keys, rows]: of the five products only d_q's left side is then transposed, which
+        # XLA:CPU does at half speed.
         scores = _dot("sd,md->sm", tile.k, q_block)
         if score_scale != 1.0:
             scores = scores * score_scale
@@ -296,9 +300,7 @@ def _backward(plan: _Plan, residuals: Any, grads: tuple[Array, Array]) -> Any:
             rows = _rows(plan, offset, index, block_segments)
             q_block, d_block, lse_block, shift_block = block_xs
             block_xs = (q_block, d_block, lse_block[:, 0], shift_block[:, 0])
-            step = lambda start, carry, masked: tile_step(  # noqa: E731
-                rows, block_xs, (k_head, v_head, key_segments), start, carry, masked
-            )
+            step = functools.partial(tile_step, rows, block_xs, (k_head, v_head, key_segments))
             d_q, d_k, d_v = _over_tiles(plan, rows, step, (jnp.zeros((height, dim)), *carry))
             return (d_k, d_v), (d_q * plan.scale).astype(q.dtype)
 

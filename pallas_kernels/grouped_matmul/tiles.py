@@ -30,7 +30,7 @@ class Spans(NamedTuple):
     """Consecutive rows of each group: int32 `[G]` each."""
 
     begin: jax.Array
-    count: jax.Array
+    length: jax.Array
 
 
 class Level(NamedTuple):
@@ -55,19 +55,20 @@ def product(x: jax.Array, rhs: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dt
         x = jnp.pad(x, ((0, _SIZES[0] - num_rows), (0, 0)))
     spans = _spans(sizes)
     if _is_small(x.shape[0], rhs.shape):
-        return _head_product(x, rhs, spans, x.shape[0], out_dtype, transposed)[:num_rows]
-    out = jnp.zeros((x.shape[0], rhs.shape[1 if transposed else 2]), out_dtype)
+        return _head_product(x, rhs, spans, x.shape[0], transposed)[:num_rows].astype(out_dtype)
+    # float32 until the end: XLA:CPU writes a tile into a bfloat16 array by converting the whole array there and back.
+    out = jnp.zeros((x.shape[0], rhs.shape[1 if transposed else 2]), jnp.float32)
     head = _head_size(x.shape[0], rhs.shape)
     # A head reads rhs in place, which needs it in x's dtype.
     if rhs.dtype == x.dtype and head < _LARGEST_HEAD:
         after = _after_heads(spans, head)
         cost = rhs.shape[0] * (head + _HEAD_OVERHEAD) + _cost(after, x.shape[0])
         use = cost < _cost(spans, x.shape[0])
-        out = lax.cond(use, lambda: _head_product(x, rhs, spans, head, out_dtype, transposed), lambda: out)
+        out = lax.cond(use, lambda: _head_product(x, rhs, spans, head, transposed), lambda: out)
         spans = jax.tree.map(lambda yes, no: jnp.where(use, yes, no), after, spans)
     for level in _levels(spans, x.shape[0]):
         out = _add_products(out, x, rhs, level, transposed)
-    return out[:num_rows]
+    return out[:num_rows].astype(out_dtype)
 
 
 def outer(lhs: jax.Array, grad: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
@@ -114,26 +115,24 @@ def _head_size(num_rows: int, rhs_shape: tuple[int, ...]) -> int:
 
 
 def _after_heads(spans: Spans, head: int) -> Spans:
-    taken = jnp.minimum(spans.count, head)
-    return Spans(spans.begin + taken, spans.count - taken)
+    taken = jnp.minimum(spans.length, head)
+    return Spans(spans.begin + taken, spans.length - taken)
 
 
 def _head_rows(spans: Spans, head: int, num_rows: int) -> tuple[jax.Array, jax.Array]:
     """First row that each head reads, `[G]`, and which of the rows read are its group's, `[G, head]`."""
     start = jnp.minimum(spans.begin, num_rows - head)
     rows = start[:, None] + jnp.arange(head)
-    return start, (rows >= spans.begin[:, None]) & (rows < (spans.begin + spans.count)[:, None])
+    return start, (rows >= spans.begin[:, None]) & (rows < (spans.begin + spans.length)[:, None])
 
 
-def _head_product(
-    x: jax.Array, rhs: jax.Array, spans: Spans, head: int, out_dtype: jnp.dtype, transposed: bool
-) -> jax.Array:
-    """`[M, N]`: right in the rows of the heads, zero in the rows of no group, anything in the rest."""
+def _head_product(x: jax.Array, rhs: jax.Array, spans: Spans, head: int, transposed: bool) -> jax.Array:
+    """float32 `[M, N]`: right in the rows of the heads, zero in the rows of no group, anything in the rest."""
     num_groups, num_rows = rhs.shape[0], x.shape[0]
     start, _ = _head_rows(spans, head, num_rows)
     heads = _take(x, start[:, None] + jnp.arange(head))
-    y = _dot(heads, rhs.astype(x.dtype), 2, 2 if transposed else 1).astype(out_dtype)
-    row, ends = jnp.arange(num_rows), spans.begin + spans.count
+    y = _dot(heads, rhs.astype(x.dtype), 2, 2 if transposed else 1)
+    row, ends = jnp.arange(num_rows), spans.begin + spans.length
     group = jnp.minimum(jnp.sum(ends <= row[:, None], axis=1), num_groups - 1)
     place = jnp.clip(row - start[group], 0, head - 1)
     out = _take(y.reshape(num_groups * head, -1), group * head + place)
@@ -152,10 +151,10 @@ def _levels(spans: Spans, num_rows: int) -> list[Level]:
         levels.append((size, fits))
     chosen = []
     for size, fits in reversed(levels):
-        count = spans.count // size + (spans.count % size > fits)
-        covered = jnp.minimum(count * size, spans.count)
+        count = spans.length // size + (spans.length % size > fits)
+        covered = jnp.minimum(count * size, spans.length)
         chosen.append(Level(size, count, Spans(spans.begin, covered)))
-        spans = Spans(spans.begin + covered, spans.count - covered)
+        spans = Spans(spans.begin + covered, spans.length - covered)
     return chosen
 
 
@@ -171,7 +170,7 @@ def _batch(level: Level, first: jax.Array, num_rows: int) -> Batch:
     ends = jnp.cumsum(level.tiles)
     group = jnp.minimum(jnp.sum(ends <= tile[:, None], axis=1), ends.shape[0] - 1)
     begin = level.rows.begin[group] + (tile - (ends - level.tiles)[group]) * level.size
-    end = jnp.minimum(begin + level.size, (level.rows.begin + level.rows.count)[group])
+    end = jnp.minimum(begin + level.size, (level.rows.begin + level.rows.length)[group])
     # A tile that would reach past the last row reads from further up.
     start = jnp.clip(begin, 0, num_rows - level.size)
     row = start[:, None] + jnp.arange(level.size)
@@ -190,8 +189,10 @@ def _steps(level: Level) -> jax.Array:
 def _add_products(out: jax.Array, x: jax.Array, rhs: jax.Array, level: Level, transposed: bool) -> jax.Array:
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         batch = _batch(level, i * _BATCH, x.shape[0])
-        kernels = _take(rhs, batch.group).astype(x.dtype)
-        y = _dot(_rows(x, batch, level.size), kernels, 2, 2 if transposed else 1).astype(out.dtype)
+        # Without the barrier XLA:CPU moves a conversion of the whole rhs (bfloat16 to float32) out of the loop.
+        all_kernels, group = lax.optimization_barrier((rhs, batch.group))
+        kernels = _take(all_kernels, group).astype(x.dtype)
+        y = _dot(_rows(x, batch, level.size), kernels, 2, 2 if transposed else 1)
         for tile in range(_BATCH):
             old = lax.dynamic_slice_in_dim(out, batch.start[tile], level.size)
             new = jnp.where(batch.mine[tile][:, None], y[tile], old)

@@ -23,14 +23,21 @@ def linear_cross_entropy(
     num_rows = x.shape[0]
     num_chunks = -(-num_rows // (chunk_size or default_chunk_size(kernel.shape[1])))
     x, labels, counts = (_deal(a, num_chunks) for a in (x, labels, counts))
-    loss, lse = _chunked(x, kernel, Rows(labels, counts), z_loss)
-    return _gather(loss, num_rows), _gather(lse, num_rows)
+    out: LossAndLse = _chunked(x, kernel, Rows(labels, counts), z_loss)
+    return _gather(out.loss, num_rows), _gather(out.lse, num_rows)
 
 
 def default_chunk_size(vocab_size: int) -> int:
     """Rows whose float32 logits take at most 256 MiB, in whole 128s where that leaves any."""
     rows = max(_LOGIT_BYTES // (4 * vocab_size), 1)
     return rows // 128 * 128 or rows
+
+
+class LossAndLse(NamedTuple):
+    """float32 `[n, chunk]` each."""
+
+    loss: jax.Array
+    lse: jax.Array
 
 
 def _deal(a: jax.Array, num_chunks: int) -> jax.Array:
@@ -59,27 +66,27 @@ def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked(x: jax.Array, kernel: jax.Array, rows: Rows, z_loss: float) -> tuple[jax.Array, jax.Array]:
-    """x `[n, chunk, D]` -> (loss, lse) float32 `[n, chunk]`."""
+def _chunked(x: jax.Array, kernel: jax.Array, rows: Rows, z_loss: float) -> LossAndLse:
+    """x `[n, chunk, D]` -> loss and lse `[n, chunk]`."""
 
-    def one_chunk(chunk: tuple[jax.Array, Rows]) -> tuple[jax.Array, jax.Array]:
+    def one_chunk(chunk: tuple[jax.Array, Rows]) -> LossAndLse:
         x, (labels, counts) = chunk
         logits = _dot(x, kernel.astype(x.dtype), 1, 0)
         lse = jax.nn.logsumexp(logits, axis=-1)
         at_label = jnp.sum(jnp.where(_is_label(logits, labels), logits, 0), axis=-1)
         known = (labels >= 0) & (labels < kernel.shape[1])
         loss = lse - jnp.where(known, at_label, jnp.nan) + z_loss * lse**2
-        return jnp.where(counts, loss, 0), jnp.where(counts, lse, 0)
+        return LossAndLse(jnp.where(counts, loss, 0), jnp.where(counts, lse, 0))
 
     return jax.lax.map(one_chunk, (x, rows))
 
 
 def _forward(x: jax.Array, kernel: jax.Array, rows: Rows, z_loss: float):
-    loss, lse = _chunked(x, kernel, rows, z_loss)
-    return (loss, lse), (x, kernel, rows, lse)
+    out: LossAndLse = _chunked(x, kernel, rows, z_loss)
+    return out, (x, kernel, rows, out.lse)
 
 
-def _backward(z_loss: float, saved: tuple[jax.Array, jax.Array, Rows, jax.Array], grads: tuple[jax.Array, jax.Array]):
+def _backward(z_loss: float, saved: tuple[jax.Array, jax.Array, Rows, jax.Array], grads: LossAndLse):
     """d loss / d logits = softmax * (1 + 2 z_loss lse) - onehot, and d lse / d logits = softmax."""
     x, kernel, rows, lse = saved
 

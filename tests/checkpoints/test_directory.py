@@ -190,6 +190,15 @@ def test_link_out_of_the_directory(copy: Path, sharded: Path):
     refused(copy, "is a link to .* outside the checkpoint directory")
 
 
+def test_index_that_links_out_or_nowhere(copy: Path, sharded: Path):
+    (copy / INDEX_FILE).unlink()
+    (copy / INDEX_FILE).symlink_to(sharded / INDEX_FILE)
+    refused(copy, "outside the checkpoint directory")
+    (copy / INDEX_FILE).unlink()
+    (copy / INDEX_FILE).symlink_to("gone")
+    refused(copy, "cannot be read")
+
+
 def test_small_file_that_links_out(copy: Path):
     (copy / "passwd.json").symlink_to("/etc/passwd")
     with pytest.raises(CheckpointError, match="outside the checkpoint directory"):

@@ -125,7 +125,7 @@ def test_a_flipped_bit_is_found(native: Path, tmp_path: Path):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << (bit % 8)
         (path / CHUNK).write_bytes(changed)
-        with pytest.raises(CheckpointError, match="q_proj.*cannot be read"):
+        with pytest.raises(CheckpointError, match=r"q_proj.*cannot be read"):
             load.read_params(path)
         with pytest.raises(CheckpointError, match="cannot be read"):
             convert.to_hf(path, tmp_path / "out")

@@ -49,7 +49,7 @@ BAD = {
     "header length 0": (struct.pack("<Q", 0) + b"{}", "zero bytes|begin with"),
     "overlap": (encode({"a": entry(), "b": entry(shape=(1,), offsets=(4, 8))}), "overlaps"),
     "alias": (encode({"a": entry(), "b": entry()}), "overlaps"),
-    "hole between": (encode({"a": entry(shape=(1,), offsets=(0, 4)), "b": entry(shape=(1,), offsets=(8, 12))}, b"0" * 12), "hole"),
+    "hole": (encode({"a": entry(shape=(1,), offsets=(0, 4)), "b": entry(shape=(1,), offsets=(8, 12))}, b"0" * 12), "hole"),
     "first offset not 0": (encode({"a": entry(offsets=(4, 12))}, b"0" * 12), "hole"),
     "too few bytes": (encode({"a": entry(shape=(3,))}), "needs 12 bytes"),
     "too many bytes": (encode({"a": entry(shape=(1,))}), "needs 4 bytes"),
@@ -135,11 +135,11 @@ def test_truncated_after_open_is_an_error_and_not_a_signal(tmp_path: Path):
 
 def test_descriptor_is_closed_after_an_error(tmp_path: Path):
     path = write(tmp_path, GOOD + b"x")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
         with pytest.raises(CheckpointError):
             SafetensorsFile(path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 @pytest.mark.parametrize(

@@ -68,18 +68,18 @@ def make(config: ModelConfig, seed: int = 0, *, dtype=jnp.float32, scan_layers: 
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def agreeing(config: ModelConfig, seed: int = 0, peak: float = 1.0, fidelity: float = 1.0) -> Transformer:
+def agreeing(config: ModelConfig, seed: int = 0, peak: float = 2.0, loud: float = 2.0) -> Transformer:
     """A random model whose MTP layer often guesses right, though nothing was trained.
 
     Both favour a next token that depends on the newest one: the residual stream carries its embedding, the output
     head maps that to the next one's logit, and the upper half of `fc` hands the MTP layer the embedding as it is.
-    peak: how strongly the head favours it. fidelity: how much of the embedding the MTP layer sees.
+    peak: how strongly the head favours it. loud: how strong the embedding is beside what the layers add.
     """
     vocab, size = config.vocab_size, config.hidden_size
     rng = np.random.default_rng(seed + 1000)
-    embedding = rng.standard_normal((vocab, size))
-    head = 0.05 * rng.standard_normal((size, vocab)) + peak / size * embedding[rng.permutation(vocab)].T
-    fc = np.concatenate([fidelity * np.eye(size), np.zeros((size, size))])
+    embedding = loud * rng.standard_normal((vocab, size))
+    head = 0.05 * rng.standard_normal((size, vocab)) + peak / size / loud * embedding[rng.permutation(vocab)].T
+    fc = np.concatenate([loud * np.eye(size), np.zeros((size, size))])
     fc += config.initializer_range * rng.standard_normal(fc.shape)
     return make(config, seed, embed__embedding=embedding, lm_head__kernel=head, mtp__fc__kernel=fc)
 
@@ -104,9 +104,9 @@ def reciting(
         "model_type": "exaone_moe",
         "layers": (LayerSpec(window=4), LayerSpec(rope=False)),
         "mtp_layer": LayerSpec(window=4),
-        "initializer_range": 0.0,  # of what is not given here: attention and feed-forward give zeros
         **_SIZES,
-    } | {"vocab_size": vocab, "hidden_size": size, **config}
+    }
+    fields |= {"vocab_size": vocab, "hidden_size": size, "initializer_range": 0.0, **config}  # 0: layers give zeros
     return make(ModelConfig(**fields), embed__embedding=embedding, lm_head__kernel=head, mtp__fc__kernel=fc)
 
 

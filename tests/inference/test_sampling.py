@@ -34,6 +34,9 @@ PENALTIES = {
     "all": {"repetition_penalty": 1.2, "presence_penalty": -0.3, "frequency_penalty": 0.4},
 }
 
+_log_distribution, _penalise = jax.jit(log_distribution), jax.jit(penalise)
+_draw = jax.jit(draw, static_argnums=3)
+
 
 @pytest.fixture(scope="module")
 def logits() -> np.ndarray:
@@ -41,14 +44,14 @@ def logits() -> np.ndarray:
 
 
 def distributions(logits: np.ndarray, rows: list[SamplingParams]) -> np.ndarray:
-    return np.exp(np.asarray(log_distribution(jnp.asarray(logits), RowSampling.of(rows))))
+    return np.exp(np.asarray(_log_distribution(jnp.asarray(logits), RowSampling.of(rows))))
 
 
 def penalised(logits: np.ndarray, prompt: np.ndarray, generated: np.ndarray, params: SamplingParams) -> np.ndarray:
     """prompt `[ROWS, P]`, generated `[ROWS, N]`."""
     counts = np.stack([np.bincount(row, minlength=VOCAB) for row in generated])
     in_prompt = np.stack([np.isin(np.arange(VOCAB), row) for row in prompt])
-    return np.asarray(penalise(jnp.asarray(logits), counts, in_prompt, RowSampling.of([params] * ROWS)))
+    return np.asarray(_penalise(jnp.asarray(logits), counts, in_prompt, RowSampling.of([params] * ROWS)))
 
 
 @pytest.fixture(scope="module")
@@ -156,25 +159,24 @@ def test_a_row_does_not_see_its_neighbours(logits: np.ndarray):
         SamplingParams(**FILTERS["all"], seed=4),
     ]
     mixed = RowSampling.of(kinds)
-    together = log_distribution(jnp.asarray(logits[:3]), mixed)
-    tokens = draw(together, mixed, jnp.arange(3), 0)
+    together = _log_distribution(jnp.asarray(logits[:3]), mixed)
+    tokens = _draw(together, mixed, jnp.arange(3), 0)
     for row, params in enumerate(kinds):
         rows = RowSampling.of([params])
-        alone = log_distribution(jnp.asarray(logits[row : row + 1]), rows)
+        alone = _log_distribution(jnp.asarray(logits[row : row + 1]), rows)
         np.testing.assert_array_equal(alone[0], together[row])
-        assert draw(alone, rows, jnp.array([row]), 0)[0] == tokens[row]
+        assert _draw(alone, rows, jnp.array([row]), 0)[0] == tokens[row]
 
 
 def test_draws_depend_on_seed_position_and_purpose_alone():
     flat = jnp.zeros((6, 1 << 12))  # two draws that should differ agree once in 4096
     rows = RowSampling.of([SamplingParams(temperature=1.0, seed=seed) for seed in (7, 7, 8, 7, 2**32 - 1, 2**31 - 1)])
     position = jnp.array([10, 10, 10, 11, 10, 10])
-    tokens = np.asarray(draw(flat, rows, position, 0))
+    tokens = np.asarray(_draw(flat, rows, position, 0))
     assert tokens[0] == tokens[1], "same seed and position, another place in the batch"
     assert len(set(tokens[[0, 2, 3, 4, 5]].tolist())) == 5, "another seed or position, another draw"
-    assert tokens[0] != np.asarray(draw(flat, rows, position, 1))[0], "another purpose, another draw"
-    again = jax.jit(draw, static_argnums=3)(flat, rows, position, 0)
-    np.testing.assert_array_equal(again, tokens)
+    assert tokens[0] != np.asarray(_draw(flat, rows, position, 1))[0], "another purpose, another draw"
+    np.testing.assert_array_equal(draw(flat, rows, position, 0), tokens)
 
 
 def test_draws_follow_the_distribution():
@@ -182,8 +184,10 @@ def test_draws_follow_the_distribution():
     chances = np.array([0.4, 0.25, 0.15, 0.1, 0.07, 0.03])
     count = 20_000
     rows = RowSampling.of([SamplingParams(temperature=1.0)])
-    rows = RowSampling(*(jnp.broadcast_to(x, (count,)) for x in rows))._replace(seed=jnp.arange(count, dtype=jnp.uint32))
-    tokens = draw(jnp.broadcast_to(jnp.log(chances), (count, 6)), rows, jnp.full(count, 5), 0)
+    rows = RowSampling(*(jnp.broadcast_to(x, (count,)) for x in rows))._replace(
+        seed=jnp.arange(count, dtype=jnp.uint32)
+    )
+    tokens = _draw(jnp.broadcast_to(jnp.log(chances), (count, 6)), rows, jnp.full(count, 5), 0)
     expected = chances * count
     observed = np.bincount(np.asarray(tokens), minlength=6)
     assert ((observed - expected) ** 2 / expected).sum() < 25.7
@@ -191,7 +195,7 @@ def test_draws_follow_the_distribution():
 
 def test_greedy_draws_ignore_the_seed(logits: np.ndarray):
     rows = RowSampling.of([SamplingParams(seed=seed) for seed in range(ROWS - 1)] + [SamplingParams(temperature=2.0)])
-    tokens = draw(log_distribution(jnp.asarray(logits), rows), rows, jnp.arange(ROWS), 0)
+    tokens = _draw(_log_distribution(jnp.asarray(logits), rows), rows, jnp.arange(ROWS), 0)
     np.testing.assert_array_equal(tokens[:-1], logits[:-1].argmax(axis=1))
 
 
@@ -211,6 +215,7 @@ def test_greedy_draws_ignore_the_seed(logits: np.ndarray):
         ("min_p", -0.1),
         ("min_p", 1.5),
         ("presence_penalty", 2.1),
+        ("presence_penalty", float("nan")),
         ("frequency_penalty", -2.1),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", float("inf")),

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import exaone_jax
+from exaone_jax.checkpoints.verify import verify
 from tests import reference_model
 from tests.golden.cases import CASES, ROUTER_MARGIN, batch
 from tests.golden.weights import random_tensors, write_checkpoint
@@ -75,7 +76,7 @@ def _rotating_global_layer(config: dict, tensors: Tensors) -> None:
 
 
 def _large_bfloat16_bias(bias: np.ndarray) -> np.ndarray:
-    """8 more for every expert changes no choice in float32; balancing may well drift there. bfloat16 has steps of 1/16 above 8."""
+    """8 more for every expert changes no choice in float32. bfloat16 has steps of 1/16 above 8."""
     return (bias + 8).astype(ml_dtypes.bfloat16).astype(bias.dtype)
 
 
@@ -155,6 +156,19 @@ def test_a_mutation_fails_the_check(mutation: str, oracles, directory):
     mutate(config, mutated)
     parity = kl_and_argmax(logits_of(directory, config, mutated, tokens), oracle)
     assert parity.max_kl > 1e-5, f"only {parity}: ten times the tolerance was expected at least"
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutation_fails_verify(mutation: str, tmp_path):
+    """`verify` looks at bits and configurations: the mutated checkpoint is not the original, its copy is."""
+    name, mutate = MUTATIONS[mutation]
+    config, tensors = dict(MODELS[name]), random_tensors(MODELS[name], 0)
+    original = write_checkpoint(tmp_path / "original", config, tensors)
+    assert verify(original, write_checkpoint(tmp_path / "copy", config, tensors)).ok
+    mutate(config, tensors)
+    report = verify(original, write_checkpoint(tmp_path / "mutated", config, tensors))
+    assert not report.ok
+    assert report.different or report.config, report
 
 
 def test_mtp_halves_swapped_fails_the_check(oracles, directory):

@@ -16,7 +16,7 @@ from tests.golden.weights import random_tensors, write_checkpoint
 from tests.model.parity import assert_parity, chunked_logits, left_padded, oracle_logits
 
 MTP_CASES = [*REFERENCE_ONLY, "exaone4_5"]
-LENGTH = 200  # of the MTP tests: several of the windows of 16; beyond the 128 of 4.5
+LENGTH = 201  # of the MTP tests: several of the windows of 16; beyond the 128 of 4.5
 
 
 class Case:
@@ -32,11 +32,10 @@ def mtp_case(request, tmp_path_factory) -> Iterator[Case]:
     jax.clear_caches()  # nothing compiled for one case serves another
 
 
-@pytest.mark.parametrize("name", REFERENCE_ONLY)
-def test_logits(name: str, tmp_path):
-    case = Case(name, tmp_path)
+def test_windows_and_clamps(tmp_path):
+    """K-EXAONE 2.0, which transformers loads and computes wrongly: rows padded on the left, and through the cache."""
+    case = Case("k-exaone-2.0", tmp_path)
     oracle = oracle_logits(case.config, case.tensors, case.tokens)
-    assert_parity(case.model(case.tokens[:1])[0], oracle[0])
     padded, mask = left_padded(case.tokens)
     ours = np.asarray(case.model(padded, segment_ids=jnp.asarray(mask, jnp.int32)))
     for row, real in enumerate(mask.astype(bool)):
@@ -60,7 +59,7 @@ def test_mtp_teacher_forced(mtp_case: Case):
 
 def test_mtp_drafts_through_its_cache(mtp_case: Case):
     """As in serving: chunked prefill of both caches, then four drafts, each fed the MTP layer's own output."""
-    model, tokens, steps, chunk = mtp_case.model, mtp_case.tokens[0, :LENGTH], 4, 90
+    model, tokens, steps, chunk = mtp_case.model, mtp_case.tokens[0, :LENGTH], 4, 100
     graphdef, params = nnx.split(model)
     prompt, next_token = jnp.asarray(tokens[None, :-1], jnp.int32), tokens[-1]
     next_tokens = jnp.asarray(tokens[None, 1:], jnp.int32)

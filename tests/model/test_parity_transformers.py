@@ -41,7 +41,8 @@ def test_oracles_agree_and_no_expert_is_a_toss_up(case: Case):
 
 def test_one_shot(case: Case):
     logits = case.model(case.tokens[:1])
-    assert logits.dtype == jnp.float32 and logits.shape == (1, *case.rows[0].shape)
+    assert logits.dtype == jnp.float32
+    assert logits.shape == (1, *case.rows[0].shape)
     assert_parity(logits[0], case.rows[0])
 
 
@@ -72,7 +73,7 @@ def test_left_padding(case: Case):
 
 @pytest.mark.parametrize("long", [True, False], ids=["chunks-over-window", "chunks-under-window"])
 def test_ragged_chunked_prefill_then_decode(case: Case, long: bool):
-    """Rows of 640, 400 and 150 tokens together, by chunks longer than the window and then 24 tokens one by one, or by shorter chunks."""
+    """Rows of 640, 400, 150 tokens together, by chunks longer than the window with a decoded end, and by shorter ones."""
     window = case.hf.config.get("text_config", case.hf.config).get("sliding_window")
     if window is None and not long:
         pytest.skip("no window to be shorter than")

@@ -15,7 +15,6 @@ from exaone_jax.model.stack import SegmentStats
 from exaone_jax.training import LossConfig
 from exaone_jax.training.loss import LossMetrics, by_layer, targets, total_loss
 
-
 Terms = tuple[jax.Array, tuple[LossMetrics, tuple[SegmentStats, ...]]]
 
 
@@ -92,7 +91,9 @@ def test_gradients_equal_those_of_the_plain_computation(
     expected, found = jax.jit(jax.grad(plain))(params), jax.jit(jax.grad(ours))(params)
     for (path, want), got in zip(nnx.to_flat_state(expected), jax.tree.leaves(found), strict=True):
         # float32 through 5 layers of order-1 activations: rounding, relative to the largest entry of each gradient
-        np.testing.assert_allclose(got, want[...], rtol=0, atol=2e-5 * float(jnp.abs(want[...]).max()), err_msg=str(path))
+        np.testing.assert_allclose(
+            got, want[...], rtol=0, atol=2e-5 * float(jnp.abs(want[...]).max()), err_msg=str(path)
+        )
 
 
 def test_the_balance_loss_moves_routers_only_where_it_is_differentiable(model: Transformer, batch: PackedRows) -> None:
@@ -109,7 +110,9 @@ def test_the_balance_loss_moves_routers_only_where_it_is_differentiable(model: T
 
 
 @pytest.mark.parametrize("layer", [1, 2, 4])
-def test_expert_load_is_in_layer_order_and_leaves_padding_out(model: Transformer, batch: PackedRows, layer: int) -> None:
+def test_expert_load_is_in_layer_order_and_leaves_padding_out(
+    model: Transformer, batch: PackedRows, layer: int
+) -> None:
     """A bias that no score can beat sends every real token of one layer to experts 1 and 2."""
     start = 0
     for segment, blocks in zip(model.plan, model.segments, strict=True):

@@ -39,7 +39,9 @@ def test_what_decays(model: Transformer) -> None:
     params = nnx.state(model, nnx.Param)
     everything = flat(params)
     marked = {name for name, mark in zip(everything, jax.tree.leaves(decays(params)), strict=True) if mark}
-    assert everything.keys() - marked == {name for name in everything if name.endswith("scale") or name == "embed.embedding"}
+    assert everything.keys() - marked == {
+        name for name in everything if name.endswith("scale") or name == "embed.embedding"
+    }
 
 
 def test_adamw_equals_numpy(model: Transformer) -> None:

@@ -16,7 +16,7 @@ from pallas_kernels.attention import attention, choose_implementation
 # float32: two orders of summing at most ~700 products of O(1) numbers; measured at most 1e-5.
 FP32_ERROR = 2e-5
 
-SETTINGS = settings(max_examples=20, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=12, deadline=None, derandomize=True)
 
 
 def make_inputs(seed, batch, num_queries, num_keys, heads, kv_heads, dim, dtype=jnp.float32):
@@ -32,15 +32,20 @@ def make_segments(seed, batch, length):
 
 def run_all(implementation, q, k, v, **kwargs):
     """Returns (out, lse, dq, dk, dv) as float32 for fixed random cotangents of out and lse."""
-
-    def run(q, k, v):
-        return attention(q, k, v, implementation=implementation, return_lse=True, **kwargs)
-
-    (out, lse), pull = jax.vjp(run, q, k, v)
+    static = {name: kwargs.pop(name) for name in ("window", "causal", "scale") if name in kwargs}
+    if isinstance(kwargs.get("q_offset"), int):
+        static["q_offset"] = kwargs.pop("q_offset")
     rng = np.random.default_rng(7)
-    d_out = jnp.asarray(rng.normal(size=out.shape), out.dtype)
-    d_lse = jnp.where(jnp.isfinite(lse), jnp.asarray(rng.normal(size=lse.shape), jnp.float32), 0)
-    return tuple(np.asarray(x, np.float32) for x in (out, lse, *pull((d_out, d_lse))))
+    d_out = jnp.asarray(rng.normal(size=q.shape), q.dtype)
+    d_lse = jnp.asarray(rng.normal(size=(q.shape[0], q.shape[2], q.shape[1])), jnp.float32)
+
+    @jax.jit
+    def run(q, k, v, d_out, d_lse, kwargs):
+        call = functools.partial(attention, implementation=implementation, return_lse=True, **static, **kwargs)
+        (out, lse), pull = jax.vjp(call, q, k, v)
+        return out, lse, *pull((d_out, jnp.where(jnp.isfinite(lse), d_lse, 0)))
+
+    return tuple(np.asarray(x, np.float32) for x in run(q, k, v, d_out, d_lse, kwargs))
 
 
 def assert_agree(q, k, v, tolerance=FP32_ERROR, **kwargs):
@@ -111,7 +116,7 @@ def test_training_shapes(seed, batch, length, window, heads, dim, segmented):
     static=st.booleans(),
 )
 def test_a_chunk_against_a_buffer_of_keys(seed, num_queries, before, after, window, static):
-    """Queries start at an offset; the buffer goes on after them. Dynamic offsets differ by row and are differentiable too."""
+    """Queries start at an offset; the buffer goes on after them. Dynamic offsets differ by row; gradients work too."""
     batch = 1 if static else 2
     q, k, v = make_inputs(seed, batch, num_queries, before + num_queries + after, 4, 2, 16)
     q_offset = before if static else jnp.asarray([before, before // 2], jnp.int32)
@@ -274,21 +279,22 @@ def test_long_contexts_lower_small(window):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "tpu", "gpu", None])
 @pytest.mark.parametrize("interpret", [False, True])
-@pytest.mark.parametrize(
-    "kwargs",
-    [{}, {"window": 3}, {"causal": False}, {"q_offset": jnp.asarray([1])}, {"segment_ids": jnp.zeros((1, 8), jnp.int32)}],
-    ids=["causal", "window", "all", "dynamic", "segments"],
-)
-def test_every_call_gives_a_result_or_a_reason(implementation, interpret, kwargs):
+@pytest.mark.parametrize("name", ["causal", "window", "all", "dynamic", "segments"])
+def test_every_call_gives_a_result_or_a_reason(implementation, interpret, name):
+    kwargs = {
+        "causal": {},
+        "window": {"window": 3},
+        "all": {"causal": False},
+        "dynamic": {"q_offset": jnp.asarray([1])},
+        "segments": {"segment_ids": jnp.zeros((1, 8), jnp.int32)},
+    }[name]
     q, k, v = make_inputs(15, 1, 8, 8, 2, 1, 16)
-    try:
-        out = attention(q, k, v, implementation=implementation, interpret=interpret, **kwargs)
-    except NotImplementedError as error:
-        assert "attention" in str(error) and len(str(error)) > 40
-        assert implementation in ("tpu", "gpu") or interpret
+    run = functools.partial(attention, q, k, v, implementation=implementation, interpret=interpret, **kwargs)
+    if implementation in ("tpu", "gpu") or interpret:
+        with pytest.raises(NotImplementedError, match="attention: .* (not written yet|is for Pallas kernels)"):
+            run()
     else:
-        assert implementation not in ("tpu", "gpu") and not interpret
-        np.testing.assert_allclose(out, attention(q, k, v, implementation="reference", **kwargs), atol=FP32_ERROR)
+        np.testing.assert_allclose(run(), attention(q, k, v, implementation="reference", **kwargs), atol=FP32_ERROR)
 
 
 def test_the_choice_can_be_asked_and_is_logged_once(caplog, monkeypatch):

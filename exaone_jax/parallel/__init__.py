@@ -1,0 +1,6 @@
+"""One mesh factory, one table of logical axis -> mesh axes, and what runs across devices."""
+
+from exaone_jax.parallel.mesh import MESH_AXES, MeshShape, make_mesh
+from exaone_jax.parallel.rules import RULES, Rules, parameter_shardings, partition_spec
+
+__all__ = ["MESH_AXES", "RULES", "MeshShape", "Rules", "make_mesh", "parameter_shardings", "partition_spec"]

@@ -1,0 +1,87 @@
+"""The one place that makes a device mesh and decides its axis types."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+from pydantic import BaseModel, ConfigDict, Field
+
+from exaone_jax.errors import ConfigError
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+_REST = -1
+
+
+class MeshShape(BaseModel):
+    """How many devices lie along each axis. One axis may be -1: as many as are left.
+
+    data: whole copies of the model, and the only axis that crosses slices. fsdp: weights and batch are split over it.
+    expert: experts and batch are. tensor: heads, MLP width and vocabulary are. context: the sequence is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: int = Field(default=1, ge=_REST)
+    fsdp: int = Field(default=1, ge=_REST)
+    expert: int = Field(default=1, ge=_REST)
+    tensor: int = Field(default=1, ge=_REST)
+    context: int = Field(default=1, ge=_REST)
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshShape":
+        """From "fsdp=4,tensor=2". Raises ConfigError that names the part that is wrong."""
+        sizes: dict[str, int] = {}
+        for part in filter(None, text.replace(" ", "").split(",")):
+            axis, equals, size = part.partition("=")
+            if not equals or axis not in MESH_AXES or axis in sizes or not size.lstrip("-").isdigit():
+                raise ConfigError(f"mesh: found {part!r}, expected AXIS=SIZE, each axis of {', '.join(MESH_AXES)} once")
+            sizes[axis] = int(size)
+        if bad := [f"{axis}={size}" for axis, size in sizes.items() if size < _REST or size == 0]:
+            raise ConfigError(f"mesh: found {', '.join(bad)}, expected sizes of at least 1, or -1 for the rest")
+        return cls(**sizes)
+
+    def sizes(self, num_devices: int) -> tuple[int, ...]:
+        """Sizes in the order of MESH_AXES for so many devices. Raises ConfigError where they cannot be laid out so."""
+        wanted = [getattr(self, axis) for axis in MESH_AXES]
+        fixed = math.prod(size for size in wanted if size != _REST)
+        if wanted.count(_REST) > 1:
+            raise ConfigError(f"mesh {self}: one axis at most may be -1")
+        if _REST in wanted and num_devices % fixed == 0:
+            wanted[wanted.index(_REST)] = num_devices // fixed
+        if _REST in wanted or math.prod(wanted) != num_devices:
+            raise ConfigError(
+                f"mesh {self}: found {num_devices} devices, expected {fixed}{' or a multiple' * (_REST in wanted)}"
+            )
+        return tuple(wanted)
+
+    def __str__(self) -> str:
+        named = [f"{axis}={getattr(self, axis)}" for axis in MESH_AXES if getattr(self, axis) != 1]
+        return ",".join(named) or "one device"
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes of MESH_AXES over `devices` (None: all there are), laid out as the interconnect likes it.
+
+    Axes are `Auto`: the compiler propagates shardings from those of the parameters and the constraints of the model. Where
+    devices belong to several slices, `data` crosses them and must be a multiple of their number.
+
+    Raises ConfigError where the shape does not match the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = shape.sizes(len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if sizes[0] % slices:
+            raise ConfigError(
+                f"mesh {shape}: data={sizes[0]} must be a multiple of the {slices} slices, which only it may cross"
+            )
+        within, across = (sizes[0] // slices, *sizes[1:]), (slices, *([1] * (len(sizes) - 1)))
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.array(devices).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
