@@ -4,11 +4,13 @@
 
 Each is timed until its bytes are on the disk: `cp` is followed by fsync of every file, as the conversions end with it. The
 source is read through before each, so that all find it in the page cache (or none, when it does not fit). A round runs them
-one after another; the printed ratio is of the medians.
+one after another; the printed ratio is of the medians. CPU seconds say what an idle machine would give: `cp` is one thread,
+the conversions share their CPU time among the workers.
 """
 
 import argparse
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -85,11 +87,17 @@ def anonymous_memory() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon")
 
 
-def measure(action: str, source: Path, target: Path, workers: int) -> tuple[float, int]:
-    """Run one action in a process of its own: (seconds, peak anonymous bytes)."""
+def cpu_seconds() -> float:
+    """User and system time of this process and of the children it waited for."""
+    who = (resource.getrusage(kind) for kind in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in who)
+
+
+def measure(action: str, source: Path, target: Path, workers: int) -> tuple[float, float, int]:
+    """Run one action in a process of its own: (seconds, CPU seconds, peak anonymous bytes)."""
     command = [sys.executable, "-m", "benchmarks.convert", "--run", action, str(source), str(target), str(workers)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return float(out[-2]), int(out[-1])
+    return float(out[-3]), float(out[-2]), int(out[-1])
 
 
 def run_one(action: str, source: Path, target: Path, workers: int) -> None:
@@ -109,12 +117,12 @@ def run_one(action: str, source: Path, target: Path, workers: int) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), cpu_seconds()
     actions[action]()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu_start
     stop.set()
     watcher.join()
-    print(seconds, peak[0])
+    print(seconds, cpu, peak[0])
 
 
 def warm_memory(scratch: Path, size: int) -> None:
@@ -147,6 +155,7 @@ def benchmark(root: Path, gigabytes: float, workers: int, rounds: int) -> None:
         f"{size / 1e9:.2f} GB in {len(tensor_map(config))} tensors, the largest {largest / 1e6:.0f} MB, {workers} workers"
     )
     seconds: dict[str, list[float]] = {}
+    cpus: dict[str, list[float]] = {}
     memory: dict[str, int] = {}
     steps = (("cp", source, copied), ("from_hf", source, native), ("to_hf", native, back), ("verify", source, native))
     for _ in range(rounds):
@@ -155,16 +164,19 @@ def benchmark(root: Path, gigabytes: float, workers: int, rounds: int) -> None:
         for action, one, other in (*steps, ("load", source, back), ("load native", native, back)):
             warm_memory(root / "scratch", 2 * size)
             read_through(one)
-            took, peak = measure(action.split()[0], one, other, workers)
+            took, cpu, peak = measure(action.split()[0], one, other, workers)
             seconds.setdefault(action, []).append(took)
+            cpus.setdefault(action, []).append(cpu)
             memory[action] = max(peak, memory.get(action, 0))
     if any(a.read_bytes() != (back / a.name).read_bytes() for a in source.iterdir()):
         raise RuntimeError("the bytes did not come back")
     cp = statistics.median(seconds["cp"])
-    print(f"{'':12} {'seconds':>8} {'GB/s':>6} {'of cp':>6} {'peak RssAnon':>13}")
+    print(f"{'':12} {'seconds':>8} {'GB/s':>6} {'of cp':>6} {'CPU s/GB':>9} {'peak RssAnon':>13}")
     for action, times in seconds.items():
         took = statistics.median(times)
-        print(f"{action:12} {took:8.2f} {size / 1e9 / took:6.2f} {cp / took:6.0%} {memory[action] / 1e6:10.0f} MB")
+        cpu = statistics.median(cpus[action]) / size * 1e9
+        rate, peak = size / 1e9 / took, memory[action] / 1e6
+        print(f"{action:12} {took:8.2f} {rate:6.2f} {cp / took:6.0%} {cpu:9.2f} {peak:10.0f} MB")
     print(
         f"bound: 2 x largest x workers + 1 GB = {(2 * largest * workers + 10**9) / 1e6:.0f} MB (load holds the model)"
     )

@@ -11,7 +11,7 @@ from flax import nnx
 from exaone_jax.checkpoints.load import open_checkpoint, read_open
 from exaone_jax.checkpoints.names import ParameterPath
 from exaone_jax.errors import InputError
-from exaone_jax.inference.text import generate
+from exaone_jax.inference.text import generate, remember_source
 from exaone_jax.model import Transformer
 from exaone_jax.model.relayout import with_layers
 
@@ -42,6 +42,7 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None, scan_layers:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype=compute, rngs=nnx.Rngs(0))))
     filled = [(key, leaf.replace(params.pop(cast(ParameterPath, key)))) for key, leaf in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(filled))
-    model.source = str(path)
     scan = jax.default_backend() != "cpu" if scan_layers is None else scan_layers
-    return with_layers(model, scan=scan)
+    model = with_layers(model, scan=scan)
+    remember_source(model, Path(path))
+    return model

@@ -48,13 +48,15 @@ DtypeOption = Annotated[
     typer.Option(help="Of weights and activations; the checkpoint's own if not given.", show_default=False),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0 is off.")]
-TopP = Annotated[float, typer.Option(help="Draw from the most likely tokens that hold this much probability.")]
-MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this part of the likeliest.")]
-PresencePenalty = Annotated[float, typer.Option(help="Taken from the logit of every token generated before.")]
-FrequencyPenalty = Annotated[float, typer.Option(help="The same, times how often it was generated.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Divides the logits of tokens seen before, prompt included.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens; 0 is off.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the most likely tokens that hold this much probability.")]
+MinP = Annotated[float | None, typer.Option(help="Leave out tokens less likely than this part of the likeliest.")]
+PresencePenalty = Annotated[float | None, typer.Option(help="Taken from the logit of every token generated before.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(help="The same, times how often it was generated.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Divides the logits of tokens seen before, prompt included.")
+]
 Stop = Annotated[
     list[str] | None, typer.Option(help="End before this text; may be given again.", show_default=False, metavar="TEXT")
 ]
@@ -377,13 +379,13 @@ def chat(
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = 2048,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
     seed: Seed = 0,
     mtp: Mtp = False,
@@ -392,24 +394,26 @@ def chat(
 ) -> None:
     """Talk with a model: each line of standard input is a turn, /clear forgets what was said, the end of input ends it.
 
-    Ctrl-C stops an answer. With --json each answer is one line of JSON.
+    How tokens are drawn is as the checkpoint's generation_config.json says, where no option says otherwise. Ctrl-C stops an
+    answer. With --json each answer is one line of JSON.
     """
     from exaone_jax.inference.sampling import sampling_params
-    from exaone_jax.inference.text import stream_chat, tokenizer_of
+    from exaone_jax.inference.text import recommended_sampling, stream_chat, tokenizer_of
 
-    params = sampling_params(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-    )
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "repetition_penalty": repetition_penalty,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    fields = {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "seed": seed}
+    sampling_params(**fields, **given)  # what is wrong is said before the weights are read
     model = exaone_jax.load(checkpoint, dtype=dtype)
+    params = sampling_params(**fields, **(recommended_sampling(model) | given))
     tokenizer, drafts = tokenizer_of(model), _draft_tokens(model, mtp)
     template = _chat_template(checkpoint, tokenizer)
     opening = [{"role": "system", "content": system}] if system is not None else []

@@ -1,10 +1,12 @@
 """Prompts in, text out: whole or streamed, with stop strings, from text, token ids or a conversation."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
-from exaone_jax.errors import InputError
+from exaone_jax.errors import CheckpointError, InputError
 from exaone_jax.inference.generate import Decoding, FinishReason, TokenOutput
 from exaone_jax.inference.sampling import SamplingParams, sampling_params
 from exaone_jax.model import Transformer
@@ -12,6 +14,11 @@ from exaone_jax.text import ChatTemplate, EncodedChat, IncrementalDecoder, Token
 from exaone_jax.text.response import Event, ResponseParser
 
 _ROUNDS_BETWEEN_LOOKS = 8  # rounds on the device between two looks for stop strings
+
+# Fields that generation_config.json and SamplingParams share.
+_RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+_SOURCES: WeakKeyDictionary[Transformer, Path] = WeakKeyDictionary()
 
 Prompt = str | Sequence[int]
 
@@ -184,11 +191,35 @@ def stream_chat(
     yield from parser.flush()
 
 
+def remember_source(model: Transformer, path: Path) -> None:
+    """Note where a model's weights came from. Not an attribute: two checkpoints of one shape share compiled programs."""
+    _SOURCES[model] = path
+
+
 def tokenizer_of(model: Transformer) -> Tokenizer:
     """The tokenizer beside the weights that a model was loaded from; raises InputError for a model made in memory."""
-    if model.source is None:
+    if model not in _SOURCES:
         raise InputError("this model was not loaded from a checkpoint: pass tokenizer=")
-    return Tokenizer.from_directory(Path(model.source))
+    return Tokenizer.from_directory(_SOURCES[model])
+
+
+def recommended_sampling(model: Transformer) -> dict[str, object]:
+    """Sampling fields that the generation_config.json beside a model's weights sets; none where there is no such file.
+
+    Raises CheckpointError where it is not a JSON object.
+    """
+    file = _SOURCES[model] / "generation_config.json" if model in _SOURCES else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: found {type(found).__name__}, expected an object")
+    if found.get("do_sample") is False:
+        return {"temperature": 0.0}
+    return {name: found[name] for name in _RECOMMENDED if found.get(name) is not None}
 
 
 def _stop_ids(model: Transformer, tokenizer: Tokenizer) -> tuple[int, ...]:

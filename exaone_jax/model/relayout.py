@@ -44,6 +44,4 @@ def with_layers(model: Transformer, *, scan: bool) -> Transformer:
     }
     graphdef, state = nnx.split(target)
     nnx.replace_by_pure_dict(state, new)
-    relaid = nnx.merge(graphdef, state)
-    relaid.source = model.source
-    return relaid
+    return nnx.merge(graphdef, state)

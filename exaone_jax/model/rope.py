@@ -22,11 +22,12 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Llama3RopeScaling 
     Scaling is Llama 3's: wavelengths above original/low are stretched by `factor`, those below original/high are kept,
     and between the two a linear ramp in original/wavelength blends them.
     """
-    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    frequencies = frequencies.astype(np.float32)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # Powers rounded to float32 before the division, as torch does: at position 200,000 the last bit is 0.02 radians.
+    frequencies = np.float32(1.0) / (np.float64(theta) ** exponents).astype(np.float32)
     if scaling is None:
         return frequencies
-    rotations = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    rotations = scaling.original_max_position_embeddings / (np.float32(2 * np.pi) / frequencies)
     ramp = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = np.clip(ramp, 0.0, 1.0)
     return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)

@@ -83,7 +83,6 @@ class Transformer(nnx.Module):
     ):
         make = ParamFactory(rngs, dtype if param_dtype is None else param_dtype, config.initializer_range)
         self.config, self.dtype = config, jnp.dtype(dtype)
-        self.source: str | None = None  # directory the weights came from, where `generate` finds the tokenizer
         self.plan = layer_plan(config.layers) if scan_layers else single_layers(config.layers)
         self.embed = Embedding(make, config.vocab_size, config.hidden_size)
         self.segments = nnx.List(

@@ -20,8 +20,10 @@ _BATCH = 4
 _TILE_OVERHEAD = 40
 _HEAD_OVERHEAD = 24
 _LARGEST_HEAD = 64
-# Below this much arithmetic (about 20 us) every group takes every row, and no loop is compiled.
-_SMALL_FLOPS = 8_000_000
+# Below this much arithmetic (about 0.1 ms, what the loops' steps cost) and this many weights every group takes every row:
+# then no loop is compiled either, which takes a second or two of each program.
+_SMALL_FLOPS = 32_000_000
+_SMALL_RHS = 2**20
 
 _BATCHED = ((0,), (0,))
 
@@ -104,7 +106,8 @@ def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
 def _is_small(num_rows: int, rhs_shape: tuple[int, ...]) -> bool:
     """Whether every group may as well take every row."""
     num_groups, k, n = rhs_shape
-    return num_groups == 1 or 2 * num_groups * num_rows * k * n <= _SMALL_FLOPS
+    weights = num_groups * k * n
+    return num_groups == 1 or (2 * num_rows * weights <= _SMALL_FLOPS and weights <= _SMALL_RHS)
 
 
 def _head_size(num_rows: int, rhs_shape: tuple[int, ...]) -> int:

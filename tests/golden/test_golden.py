@@ -32,6 +32,7 @@ def test_there_is_one_for_every_case_and_they_are_small():
 def test_logits(case: str, tmp_path):
     golden = np.load(DIRECTORY / f"{case}.npz", allow_pickle=False)
     config = json.loads(str(golden["config"]))
+    assert config == CASES[case], "the case has changed since: make the goldens again"
     tensors = random_tensors(config, int(golden["seed"]))
     assert checksum(tensors) == int(golden["checksum"]), "the weights are not those that the golden was made with"
     model = exaone_jax.load(write_checkpoint(tmp_path, config, tensors), dtype="float32")

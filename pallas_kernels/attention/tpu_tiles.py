@@ -1,0 +1,79 @@
+"""What the TPU kernels share: constants, products, masks, and how a column of row statistics becomes a row."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import tpu as pltpu
+
+TILE = 128  # lanes of a vector register, and the side of the tiles that a window folds
+HIDDEN = -1e30  # the score of a key that may not be seen; finite, so that no inf - inf
+FLOOR = -1e29  # no running maximum is below this: exp2(HIDDEN - FLOOR) is 0, so a row that sees nothing sums to 0
+LOG2E = 1.4426950408889634
+
+PARALLEL, IN_ORDER = pltpu.GridDimensionSemantics.PARALLEL, pltpu.GridDimensionSemantics.ARBITRARY
+
+
+def compiler_params(*dimensions: pltpu.GridDimensionSemantics) -> pltpu.CompilerParams:
+    # The default limit of 16 MB is a quarter or less of every chip's VMEM.
+    return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=56 * 2**20)
+
+
+def ceil_to(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Float32 product of two matrices over the named dimension of each."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def iota(shape: tuple[int, int], dimension: int) -> Array:
+    return lax.broadcasted_iota(jnp.int32, shape, dimension)
+
+
+def repeat(x: Array, times: int, axis: int) -> Array:
+    return x if times == 1 else jnp.concatenate([x] * times, axis)
+
+
+def heads_at_once(group: int, most: int) -> int:
+    """The largest divisor of `group` that is at most `most`."""
+    return max(n for n in range(1, group + 1) if group % n == 0 and n <= max(1, most))
+
+
+def with_ones(v: Array) -> Array:
+    """[S, D] -> [S, D' + 128], D' = D rounded up to 128: weights @ this are the output and, in each last lane, the row sums."""
+    head_dim = v.shape[1]
+    parts = [v, jnp.ones((v.shape[0], TILE), v.dtype)]
+    if head_dim % TILE:
+        parts.insert(1, jnp.zeros((v.shape[0], -head_dim % TILE), v.dtype))
+    return jnp.concatenate(parts, 1)
+
+
+def weigh(weights: Array, v: Array, sum_on_mxu: bool) -> tuple[Array, Array]:
+    """(weights @ v [R, D], row sums of weights [R, 128], the same in every lane)."""
+    head_dim = v.shape[1]
+    if sum_on_mxu:
+        both = dot(weights.astype(v.dtype), with_ones(v), (1, 0))
+        return both[:, :head_dim], both[:, -TILE:]
+    total = jnp.broadcast_to(weights.sum(1, keepdims=True), (weights.shape[0], TILE))
+    return dot(weights.astype(v.dtype), v, (1, 0)), total
+
+
+def columns_to_rows(columns: list[Array]) -> Array:
+    """One column [128, 1] or [128, 128] (all lanes the same) a head -> [heads, 128]: a single transpose serves all heads."""
+    lane = iota((TILE, TILE), 1)
+    table = jnp.zeros((TILE, TILE), jnp.float32)
+    for head, column in enumerate(columns):
+        table = jnp.where(lane == head, column, table)
+    return table.T[: len(columns)]
+
+
+def log_sum_exp2(peaks: list[Array], totals: list[Array]) -> Array:
+    """[heads, 128] base-2 log-sum-exp from columns of maxima and sums; -inf where the sum is 0."""
+    return columns_to_rows(peaks) + jnp.log2(columns_to_rows(totals))
+
+
+def shape_of(x: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
