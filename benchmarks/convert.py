@@ -115,7 +115,7 @@ def run_one(action: str, source: Path, target: Path, workers: int) -> None:
         while not stop.wait(0.005):
             peak[0] = max(peak[0], anonymous_memory())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start, cpu_start = time.perf_counter(), cpu_seconds()
     actions[action]()

@@ -38,7 +38,7 @@ from exaone_jax.inference.sampling import SamplingParams
 from exaone_jax.inference.text import Completion, complete
 from exaone_jax.model import Transformer
 from exaone_jax.text import Tokenizer, train_bpe
-from exaone_jax.training import Evaluation, LossConfig, TrainState, adamw, evaluate, init_state, train_step, wsd
+from exaone_jax.training import Evaluation, LossConfig, TrainState, evaluate, init_state, muon, train_step, wsd
 from exaone_jax.training.step import Graph, trained_model
 
 SEED = 0
@@ -81,7 +81,7 @@ FULL = Size(
     batch_size=4,
     held_out_rows=64,
     steps=240,
-    peak_learning_rate=5e-3,
+    peak_learning_rate=8e-3,
     new_tokens=128,
 )
 QUICK = Size(
@@ -181,6 +181,7 @@ def small_k_exaone(size: Size, tokenizer: Tokenizer) -> ModelConfig:
             routed_scaling_factor=2.5,
         ),
         mtp_layer=LayerSpec(),
+        rope_theta=1e4,
         max_position_embeddings=4096,
         bos_token_id=tokenizer.bos_id,
         eos_token_ids=tokenizer.eos_ids,
@@ -197,16 +198,16 @@ def new_model(config: ModelConfig) -> Transformer:
 
 
 def batches_of(rows: PackedRows, batch_size: int, count: int) -> list[PackedRows]:
-    """The first `count` rows in batches."""
-    starts = range(0, min(count, len(rows.tokens) // batch_size * batch_size), batch_size)
-    return [PackedRows(rows.tokens[i : i + batch_size], rows.segment_ids[i : i + batch_size]) for i in starts]
+    """`count` of the rows, evenly spread over all, in batches."""
+    chosen = (np.arange(count) * len(rows.tokens) // count).reshape(-1, batch_size)
+    return [PackedRows(rows.tokens[batch], rows.segment_ids[batch]) for batch in chosen]
 
 
 def train(
     size: Size, model: Transformer, rows: PackedRows, held_out: list[PackedRows], report: Report
 ) -> tuple[Graph, TrainState, Curve]:
     """Pre-train `model`, which is used up, and evaluate before and after."""
-    optimizer = adamw(wsd(size.peak_learning_rate, size.steps, warmup=size.steps // 20, decay=size.steps // 3))
+    optimizer = muon(wsd(size.peak_learning_rate, size.steps, warmup=size.steps // 20, decay=size.steps // 3))
     graphdef, state = init_state(model, optimizer)
     before = evaluate(graphdef, state, held_out)
     report.say(f"held-out loss before: {before.loss:.3f} nats a token (ln V = {math.log(model.config.vocab_size):.3f})")

@@ -1,7 +1,6 @@
-"""Tensor data as bits: dtypes, transposes, and casts where a caller asks for one.
+"""Tensor data as bits: dtypes, transposes, counts of what is not finite.
 
-numpy and eager jax rewrite signalling NaNs of bfloat16 that pass through float arithmetic, so nothing here does that
-unless `cast` is called.
+numpy and eager jax rewrite signalling NaNs of bfloat16 that pass through float arithmetic, so nothing here does that.
 """
 
 from typing import Any
@@ -48,12 +47,6 @@ def transpose_into(bits: NDArray[Any], out: NDArray[Any]) -> None:
     """out[...] = bits.T for bits `[m, n]` and out `[n, m]`."""
     for start in range(0, bits.shape[0], _STRIP):
         out[:, start : start + _STRIP] = bits[start : start + _STRIP].T
-
-
-def cast(bits: Bits, dtype: str, target: np.dtype[Any]) -> NDArray[Any]:
-    """Bits of a float dtype as another float dtype, rounding to nearest even; the same memory where it is the same dtype."""
-    values = as_float(bits, dtype)
-    return values if values.dtype == target else values.astype(target)
 
 
 def count_nonfinite(bits: Bits, dtype: str) -> tuple[int, int]:

@@ -102,7 +102,7 @@ def from_hf(
         dry_run: check everything that headers, config and free space tell; write nothing.
         overwrite: replace a checkpoint at `dst`.
         allow_extra: regular expression; tensors that the configuration lacks and whose full name it matches are carried.
-        workers: threads. Memory is bounded by about three chunks of at most 64 MiB a worker.
+        workers: threads. Memory is bounded by about three chunks of at most 16 MiB a worker.
         on_progress: called with (bytes done, bytes in all), one call at a time.
 
     Raises:

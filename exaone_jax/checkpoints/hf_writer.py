@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ class HFWriter:
         self.root, self.layout = root, layout
         self._place: dict[str, tuple[str, TensorInfo]] = {}
         self._fds: dict[str, int] = {}
+        # The kernel lets one thread at a time write to a file; others would wait for it spinning.
+        self._locks = {name: threading.Lock() for name in layout.files}
         try:
             for name, header in layout.files.items():
                 self._create(name, header)
@@ -84,7 +87,7 @@ class HFWriter:
         row_bytes = info.nbytes // info.shape[0] if info.shape else info.nbytes
         if bits.nbytes != (end - begin) * row_bytes and info.shape:
             raise CheckpointError(f"tensor {name!a}: {bits.nbytes} bytes for {end - begin} rows of {row_bytes}")
-        with storage_errors(str(self.root / file)):
+        with storage_errors(str(self.root / file)), self._locks[file]:
             _write_all(self._fds[file], bits.reshape(-1).view("u1").data, info.start + begin * row_bytes)
 
     def finish(self) -> None:

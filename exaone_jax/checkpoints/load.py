@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,17 @@ import jax
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from exaone_jax.checkpoints.bits import FLOATS, as_bits, as_float, cast, transpose_into
+from exaone_jax.checkpoints.bits import FLOATS, as_bits, as_float, transpose_into
 from exaone_jax.checkpoints.copying import default_workers
 from exaone_jax.checkpoints.directory import CONFIG_FILE, HFDirectory, open_hf
 from exaone_jax.checkpoints.matching import check_stacks, check_tensors, without_mtp
 from exaone_jax.checkpoints.names import Parameter, ParameterPath, TensorMap, parameters, path_name
-from exaone_jax.checkpoints.native import NativeDirectory, is_native
+from exaone_jax.checkpoints.native import NativeDirectory, is_native, rows_per_chunk
 from exaone_jax.config.hf import quantization, read_config_and_extra
 from exaone_jax.config.model import ModelConfig
 from exaone_jax.errors import CheckpointError
 
 Checkpoint = HFDirectory | NativeDirectory
-_BLOCK_BYTES = 16 << 20  # of Hugging Face rows that one thread reads at a time
 
 
 def open_checkpoint(path: Path | str) -> tuple[ModelConfig, Checkpoint]:
@@ -124,15 +124,13 @@ def _reader(checkpoint: Checkpoint, parameter: Parameter, dtype: DTypeLike | Non
         )
 
     def read(index: tuple[slice, ...]) -> NDArray[Any]:
-        if isinstance(checkpoint, NativeDirectory):
-            return cast(checkpoint.read_parameter(parameter.path, index), stored, target)
         return _assemble(checkpoint, parameter, index, stored, target)
 
     return read
 
 
 def _assemble(
-    directory: HFDirectory, parameter: Parameter, index: tuple[slice, ...], stored: str, target: np.dtype[Any]
+    checkpoint: Checkpoint, parameter: Parameter, index: tuple[slice, ...], stored: str, target: np.dtype[Any]
 ) -> NDArray[Any]:
     """A slice of a parameter from the rows of the tensors stacked in it, blocks of rows read by several threads."""
     depth = len(parameter.stacked)
@@ -143,16 +141,16 @@ def _assemble(
         if all(part.start <= place < part.stop for part, place in zip(lead, tensor.index, strict=True)):
             slot = out[tuple(at - part.start for at, part in zip(tensor.index, lead, strict=True))]
             rows, *rest = unit[::-1] if tensor.transpose else unit
-            step = max(1, _BLOCK_BYTES * tensor.shape[0] // (tensor.size * FLOATS[stored].itemsize))
-            for begin in range(rows.start, rows.stop, step):
-                blocks.append((tensor, slice(begin, min(begin + step, rows.stop)), rest, rows.start, slot))
+            size = rows_per_chunk(tensor.shape, FLOATS[stored].itemsize)
+            cuts = [rows.start, *range(rows.start // size * size + size, rows.stop, size), rows.stop]
+            blocks += [(tensor, slice(*cut), rest, rows.start, slot) for cut in pairwise(cuts)]
     with ThreadPoolExecutor(min(default_workers(), max(1, len(blocks))), thread_name_prefix="load") as pool:
-        list(pool.map(lambda block: _fill(directory, stored, *block), blocks))
+        list(pool.map(lambda block: _fill(checkpoint, stored, *block), blocks))
     return out
 
 
 def _fill(
-    directory: HFDirectory,
+    checkpoint: Checkpoint,
     stored: str,
     tensor: TensorMap,
     rows: slice,
@@ -163,7 +161,7 @@ def _fill(
     """Read whole rows of one tensor and put their part `rest` into its place; row `first` is the first of the place."""
     same = FLOATS[stored] == slot.dtype  # then nothing but bits is moved
     target = as_bits(slot) if same else slot
-    bits = directory.read_rows(tensor.name, rows.start, rows.stop)
+    bits = checkpoint.read_rows(tensor.name, rows.start, rows.stop)
     block = (bits if same else as_float(bits, stored))[(slice(None), *rest)]
     place = slice(rows.start - first, rows.stop - first)
     if tensor.transpose:

@@ -2,7 +2,8 @@
 
 <checkpoint>/
   exaone_jax.json   manifest, written last
-  params/           an Orbax PyTree checkpoint: one zarr3 array a parameter, one chunk a layer or expert, crc32c on data
+  params/           an Orbax PyTree checkpoint: one zarr3 array a parameter, one chunk a layer or expert,
+                        its bytes in Hugging Face's order (transpose codec), crc32c on data
   carried/          zarr3 arrays of tensors that are kept as they are (vision tower)
   source/           headers and index of the Hugging Face files it came from, verbatim
   config.json, tokenizer.json, ...   byte copies
@@ -23,7 +24,7 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from exaone_jax.checkpoints.atomic import storage_errors, write_new
-from exaone_jax.checkpoints.bits import as_bits, transpose
+from exaone_jax.checkpoints.bits import as_bits
 from exaone_jax.checkpoints.directory import CONFIG_FILE
 from exaone_jax.checkpoints.names import Parameter, ParameterPath, TensorMap, parameters, path_name, tensor_map
 from exaone_jax.checkpoints.safetensors import DTYPE_BITS, Bits, TensorInfo
@@ -35,7 +36,9 @@ MANIFEST = "exaone_jax.json"
 PARAMS, CARRIED_FOLDER, SOURCE = "params", "carried", "source"
 RESERVED = frozenset({MANIFEST, PARAMS, CARRIED_FOLDER, SOURCE})
 FORMAT, VERSION = "exaone_jax native checkpoint", 1
-CHUNK_BYTES = 64 << 20  # a larger tensor is cut into several chunks, which bounds the memory of a worker
+CHUNK_BYTES = (
+    16 << 20
+)  # a larger tensor is cut into several chunks: bounds memory, and malloc reuses blocks of this size
 _ZARR_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"} | {
     "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64",
     "I64": "int64", "BOOL": "uint8", "F8_E4M3": "uint8", "F8_E5M2": "uint8", "F8_E8M0": "uint8",
@@ -89,7 +92,7 @@ class Manifest:
 
 
 def rows_per_chunk(shape: tuple[int, ...], itemsize: int) -> int:
-    """How many rows of a Hugging Face tensor make one chunk: all of them up to 64 MiB, else an even share near that."""
+    """How many rows of a Hugging Face tensor make one chunk: all of them up to 16 MiB, else an even share near that."""
     rows, total = (shape[0] if shape else 1), math.prod(shape) * itemsize
     pieces = -(-total // CHUNK_BYTES)
     even = next((n for n in range(pieces, 2 * pieces) if rows % n == 0), pieces) if pieces else 1
@@ -104,7 +107,12 @@ def unit_chunk(tensor: TensorMap, itemsize: int) -> tuple[int, ...]:
     return (rows, *tensor.shape[1:])
 
 
-def _array_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str) -> dict[str, Any]:
+def _array_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, transpose: bool) -> dict[str, Any]:
+    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    if transpose:
+        # The bytes of a chunk stay as Hugging Face has them, [out, in]; whoever reads the array sees [in, out].
+        last = len(shape) - 1
+        codecs.insert(0, {"name": "transpose", "configuration": {"order": [*range(last - 1), last, last - 1]}})
     return {
         "shape": list(shape),
         "data_type": _ZARR_DTYPE[dtype],
@@ -112,7 +120,7 @@ def _array_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str) 
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
         # c.0.5.0.0 and not c/0/5/0/0: no two folders of its own for every expert
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "codecs": codecs,
     }
 
 
@@ -187,14 +195,14 @@ class NativeWriter:
         name = path_name(parameter.path)
         dtype, first = self.manifest.dtypes[name], parameter.tensors[0]
         chunk = (*(1 for _ in parameter.stacked), *unit_chunk(first, DTYPE_BITS[dtype] // 8))
-        metadata = _array_metadata(parameter.shape, chunk, dtype)
+        metadata = _array_metadata(parameter.shape, chunk, dtype, first.transpose)
         self._arrays[name] = _open_array(self.root / PARAMS / name, self._context, metadata)
 
     def _create_carried(self, name: str, info: TensorInfo) -> None:
         if not info.nbytes:
             return
         chunk = (rows_per_chunk(info.shape, DTYPE_BITS[info.dtype] // 8), *info.shape[1:]) if info.shape else ()
-        metadata = _array_metadata(info.shape, chunk, info.dtype)
+        metadata = _array_metadata(info.shape, chunk, info.dtype, False)
         self._arrays[name] = _open_array(self.root / CARRIED_FOLDER / name, self._context, metadata)
 
     def write_rows(self, name: str, begin: int, end: int, bits: Bits) -> None:
@@ -206,9 +214,11 @@ class NativeWriter:
         else:
             array = self._arrays[path_name(tensor.path)]
             where = (slice(None), slice(begin, end)) if tensor.transpose else (slice(begin, end),)
-            target, data = array[(*tensor.index, *where)], transpose(bits) if tensor.transpose else bits
+            target, data = array[(*tensor.index, *where)], bits
         with _writing(self.root):
             typed = data.view(array.dtype.numpy_dtype)
+            if tensor is not None and tensor.transpose:
+                typed = typed.T
             target.write(typed, can_reference_source_data_indefinitely=True).result()
 
     def finish(self) -> None:
@@ -304,13 +314,8 @@ class NativeDirectory:
         array = self._arrays[path_name(tensor.path)]
         rows = slice(begin, tensor.shape[0] if end is None else end)
         where = (slice(None), rows) if tensor.transpose else (rows,)
-        bits = as_bits(self._read(array[(*tensor.index, *where)], name))
-        return transpose(bits) if tensor.transpose else bits
-
-    def read_parameter(self, path: ParameterPath, index: tuple[slice, ...]) -> Bits:
-        """A slice of a parameter as raw bits, in the model's own layout."""
-        name = path_name(path)
-        return as_bits(self._read(self._arrays[name][index], name))
+        view = array[(*tensor.index, *where)]
+        return as_bits(self._read(view.T if tensor.transpose else view, name))
 
     def close(self) -> None:
         self._arrays.clear()

@@ -17,7 +17,7 @@ class Block(nnx.Module):
 
     def __init__(self, make: ParamFactory, config: ModelConfig, spec: LayerSpec):
         def norm() -> RMSNorm:
-            return RMSNorm(make, config.hidden_size, config.rms_norm_eps, "embed")
+            return RMSNorm(make, config.hidden_size, config.rms_norm_eps, "norm")
 
         self.attention = Attention(make, config, spec)
         if spec.norm == "pre":

@@ -41,11 +41,11 @@ class MTP(nnx.Module):
 
     def __init__(self, make: ParamFactory, config: ModelConfig, plan: Segment):
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.embedding_norm = RMSNorm(make, size, eps, "embed")
-        self.hidden_norm = RMSNorm(make, size, eps, "embed")
+        self.embedding_norm = RMSNorm(make, size, eps, "norm")
+        self.hidden_norm = RMSNorm(make, size, eps, "norm")
         self.fc = Linear(make, 2 * size, size, ("mtp_in", "embed"))
         self.block = Block(make.stacked(plan.repeats), config, plan.pattern[0])
-        self.norm = RMSNorm(make, size, eps, "embed")
+        self.norm = RMSNorm(make, size, eps, "norm")
 
     def combine(self, hidden: jax.Array, embedded: jax.Array) -> jax.Array:
         return self.fc(jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(hidden)], axis=-1))
@@ -91,7 +91,7 @@ class Transformer(nnx.Module):
                 for segment in self.plan
             ]
         )
-        self.norm = RMSNorm(make, config.hidden_size, config.rms_norm_eps, "embed")
+        self.norm = RMSNorm(make, config.hidden_size, config.rms_norm_eps, "norm")
         if not config.tie_word_embeddings:
             self.lm_head = Linear(make, config.hidden_size, config.vocab_size, ("embed", "vocab"))
         if config.mtp_layer is not None:

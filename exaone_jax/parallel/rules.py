@@ -73,7 +73,7 @@ def parameter_shardings(
     """The sharding of every parameter of a model (arrays or shapes), by its path. Raises ConfigError as partition_spec."""
     shardings = {}
     for path, variable in nnx.to_flat_state(state):
-        value, axes = variable[...], variable.get_metadata("axes")
+        value, axes = variable.get_value(), variable.get_metadata("axes")
         spec = partition_spec(".".join(map(str, path)), value.shape, axes, mesh, rules)
         shardings[cast(Path, path)] = NamedSharding(mesh, spec)
     return shardings

@@ -106,10 +106,11 @@ def total_loss(
 ) -> tuple[jax.Array, tuple[LossMetrics, tuple[SegmentStats, ...]]]:
     """The objective, a float32 scalar, for a batch `[B, T]`; with it the metrics and the routers' statistics."""
     tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
+    with_mtp = has_mtp_loss(model, config)
     hidden, stats = model.forward(tokens, segment_ids=segment_ids, remat=config.remat)
     main = token_loss(model, hidden, targets(batch, 1), config.z_loss)
     objective, ahead, balance, load = main.mean, None, None, None
-    if has_mtp_loss(model, config):
+    if with_mtp:
         ahead = mtp_loss(model, hidden, batch, config).mean
         objective = objective + config.mtp_weight * ahead
     if routers := by_layer(stats):

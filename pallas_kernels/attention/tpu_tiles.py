@@ -1,6 +1,5 @@
 """What the TPU kernels share: constants, products, masks, and how a column of row statistics becomes a row."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
@@ -42,25 +41,6 @@ def heads_at_once(group: int, most: int) -> int:
     return max(n for n in range(1, group + 1) if group % n == 0 and n <= max(1, most))
 
 
-def with_ones(v: Array) -> Array:
-    """[S, D] -> [S, D' + 128], D' = D rounded up to 128: weights @ this are the output and, in each last lane, the row sums."""
-    head_dim = v.shape[1]
-    parts = [v, jnp.ones((v.shape[0], TILE), v.dtype)]
-    if head_dim % TILE:
-        parts.insert(1, jnp.zeros((v.shape[0], -head_dim % TILE), v.dtype))
-    return jnp.concatenate(parts, 1)
-
-
-def weigh(weights: Array, v: Array, sum_on_mxu: bool) -> tuple[Array, Array]:
-    """(weights @ v [R, D], row sums of weights [R, 128], the same in every lane)."""
-    head_dim = v.shape[1]
-    if sum_on_mxu:
-        both = dot(weights.astype(v.dtype), with_ones(v), (1, 0))
-        return both[:, :head_dim], both[:, -TILE:]
-    total = jnp.broadcast_to(weights.sum(1, keepdims=True), (weights.shape[0], TILE))
-    return dot(weights.astype(v.dtype), v, (1, 0)), total
-
-
 def columns_to_rows(columns: list[Array]) -> Array:
     """One column [128, 1] or [128, 128] (all lanes the same) a head -> [heads, 128]: a single transpose serves all heads."""
     lane = iota((TILE, TILE), 1)
@@ -73,7 +53,3 @@ def columns_to_rows(columns: list[Array]) -> Array:
 def log_sum_exp2(peaks: list[Array], totals: list[Array]) -> Array:
     """[heads, 128] base-2 log-sum-exp from columns of maxima and sums; -inf where the sum is 0."""
     return columns_to_rows(peaks) + jnp.log2(columns_to_rows(totals))
-
-
-def shape_of(x: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -31,7 +31,6 @@ from pallas_kernels.attention.tpu_tiles import (
     iota,
     log_sum_exp2,
     repeat,
-    weigh,
 )
 from pallas_kernels.attention.tuned import Tiles
 
@@ -50,7 +49,6 @@ class Plan(NamedTuple):
     unroll: int
     heads: int  # heads whose scores are taken in one product
     segmented: bool
-    sum_on_mxu: bool
     interpret: bool
 
     @property
@@ -65,21 +63,30 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    length: int, group: int, head_dim: int, window: int, scale: float, segmented: bool, backward: bool, tiles: Tiles, interpret: bool
+    length: int,
+    group: int,
+    head_dim: int,
+    window: int,
+    scale: float,
+    segmented: bool,
+    backward: bool,
+    tiles: Tiles,
+    interpret: bool,
 ) -> Plan:
     back = -(-window // TILE)
     most = max(1, tiles.window_rows // group // TILE, back)
     num_tiles = -(-length // TILE)
-    blocks = -(-num_tiles // most)
-    # Balanced blocks; the backward hands at most one block of key gradients on, so a block is no shorter than the look-back.
-    size = max(-(-num_tiles // blocks), back)
     unroll = tiles.window_unroll_backward if backward else tiles.window_unroll
-    while blocks > 1 and size % unroll:
-        size += 1
+    if num_tiles <= most:
+        size = ceil_to(num_tiles, unroll) if num_tiles >= 4 * unroll else num_tiles
+    else:
+        # The least padding, then the longest block. The backward hands on one block at most: none is shorter than the look-back.
+        sizes = [n for n in range(max(back, most // 2), most + 1) if n % unroll == 0] or [most]
+        size = min(sizes, key=lambda n: (ceil_to(num_tiles, n), -n))
     while size % unroll:
         unroll //= 2
     heads = heads_at_once(group, _SCORES // (TILE * TILE * (back + 1)))
-    return Plan(window, scale, group, head_dim, size * TILE, unroll, heads, segmented, tiles.sum_on_mxu, interpret)
+    return Plan(window, scale, group, head_dim, size * TILE, unroll, heads, segmented, interpret)
 
 
 def padding(plan: Plan, length: int) -> tuple[int, int]:
@@ -116,14 +123,25 @@ def _unfold(plan: Plan, x: Array, axis: int, own: Array, dtype: Any) -> Array:
 
 def _mask(plan: Plan, tile: Array, axis: int, own: Array, segments: tuple[Array, Array] | None) -> Array:
     """bool, folded: which of a tile's scores live. `tile` is the query tile's number; segments are (column, row) of ids."""
-    shape = (TILE, plan.span) if axis == 0 else (plan.span, TILE)
-    key = iota(shape, 1 - axis) - plan.back * TILE  # from the first query of the tile
-    distance = _fold(plan, iota(shape, axis) - key, axis, own)
-    live = (distance < plan.window) & (_fold(plan, key, axis, own) + tile * TILE >= 0)
+    folded = plan.back * TILE
+    shape = (TILE, folded) if axis == 0 else (folded, TILE)
+    query, at = iota(shape, axis), iota(shape, 1 - axis)
+    key = jnp.where(
+        at <= query, at, at - folded
+    )  # from the first query of the tile; `at <= query` only in the folded tile
+    live = (query - key < plan.window) & (key + tile * TILE >= 0)
     if segments is None:
         return live
     queries, keys = segments if axis == 0 else segments[::-1]
-    return live & (_fold(plan, jnp.broadcast_to(keys, shape), axis, own) == queries)
+    first, middle, last = (
+        lax.slice_in_dim(keys, low, high, axis=1 - axis)
+        for low, high in ((0, TILE), (TILE, max(folded, TILE + 1)), (folded, plan.span))
+    )
+    ids = jnp.where(own, last, first)
+    if plan.back > 1:
+        middle = jnp.broadcast_to(middle, (TILE, folded - TILE) if axis == 0 else (folded - TILE, TILE))
+        ids = jnp.concatenate([ids, middle], 1 - axis)
+    return live & (ids == queries)
 
 
 def _over_tiles(plan: Plan, block: Array, body: Any) -> None:
@@ -170,10 +188,11 @@ def _forward_kernel(plan: Plan, *refs: Any) -> None:
             peak = scores.max(1, keepdims=True)
             if plan.segmented:
                 peak = jnp.maximum(peak, FLOOR)
-            weights = _unfold(plan, jnp.exp2(scores - peak), 0, own, jnp.float32)
-            sums, total = weigh(weights, v[0, 0, keys], plan.sum_on_mxu)
+            weights = jnp.exp2(scores - peak)
+            total = weights.sum(1, keepdims=True)
+            sums = dot(_unfold(plan, weights, 0, own, v.dtype), v[0, 0, keys], (1, 0))
             safe = jnp.where(total == 0.0, 1.0, total) if plan.segmented else total
-            tile_out = (sums / safe[:, : plan.head_dim]).astype(out.dtype)
+            tile_out = (sums * (1.0 / safe)).astype(out.dtype)
             out[0, 0, heads, pl.ds(at, TILE)] = tile_out.reshape(plan.heads, TILE, plan.head_dim)
             for h in range(0, plan.heads * TILE, TILE):
                 peaks.append(peak[h : h + TILE])
@@ -194,7 +213,9 @@ def _overlapping(plan: Plan, leading: int, axis: int, shape: tuple[int, ...], la
 
     def index(*grid: Array) -> tuple[Any, ...]:
         step = grid[2] if last is None else jnp.minimum(grid[2], last)
-        return tuple(grid[dim] if dim < leading else step * plan.block if dim == axis else 0 for dim in range(len(shape)))
+        return tuple(
+            grid[dim] if dim < leading else step * plan.block if dim == axis else 0 for dim in range(len(shape))
+        )
 
     return pl.BlockSpec(block, index)
 
@@ -262,7 +283,8 @@ def _backward_kernel(plan: Plan, num_blocks: int, *refs: Any) -> None:
             heads = slice(head, head + plan.heads)
             rows, d_rows = (x[0, 0, heads, queries].reshape(plan.heads * TILE, plan.head_dim) for x in (q, d_out))
             lse_row, shift_row = (
-                jnp.concatenate([x[0, 0, h : h + 1, queries] for h in range(head, head + plan.heads)], 1) for x in (lse, shift)
+                jnp.concatenate([x[0, 0, h : h + 1, queries] for h in range(head, head + plan.heads)], 1)
+                for x in (lse, shift)
             )
             # Transposed, [keys, rows]: the two numbers a query has are then a row, which every sublane reads for free.
             scores = _fold(plan, dot(k_span, rows, (1, 1)), 1, own) * (plan.scale * LOG2E)
@@ -291,7 +313,7 @@ def _backward_kernel(plan: Plan, num_blocks: int, *refs: Any) -> None:
 
 
 def _hand_on(plan: Plan, carry: Any, grads: Array, out: Any, at: Array, scale: float) -> None:
-    """Adds a query tile's gradients to those of its span. The oldest key tile is then complete; the others go to the next tile."""
+    """Adds a query tile's gradients to those of its span. The oldest key tile is then complete, the others are handed on."""
     kept = plan.back * TILE
     total = carry[...] + grads[:kept]
     out[0, 0, pl.ds(at, TILE)] = (total[:TILE] * scale).astype(out.dtype)

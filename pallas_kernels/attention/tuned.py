@@ -17,15 +17,14 @@ class Tiles(NamedTuple):
     flash_keys: int  # keys of one tile of scores
     flash_block: int  # keys that one grid step of the flash forward fetches; a multiple of flash_keys
     flash_chunk: int  # keys whose gradients the flash backward holds on chip; a multiple of flash_keys
-    sum_on_mxu: bool  # row sums as one more column block of V: free where the matrix unit is 256 wide and D <= 128
 
 
-# v6e and TPU7x have matrix units of 256 x 256, the earlier chips of 128 x 128. v5p and TPU7x have half the VMEM of v5e and v6e.
-_V6E = Tiles(8192, 4, 2, 2048, 1024, 512, 1024, 8192, True)
+# v5p and TPU7x have half the VMEM of v5e and v6e.
+_V6E = Tiles(8192, 4, 2, 2048, 1024, 512, 1024, 8192)
 _TILES = {
-    "TPU v5 lite": _V6E._replace(sum_on_mxu=False),
-    "TPU v5e": _V6E._replace(sum_on_mxu=False),
-    "TPU v5": _V6E._replace(sum_on_mxu=False, flash_chunk=4096),
+    "TPU v5 lite": _V6E,
+    "TPU v5e": _V6E,
+    "TPU v5": _V6E._replace(flash_chunk=4096),
     "TPU v6": _V6E,
     "TPU7": _V6E._replace(flash_chunk=4096),
 }

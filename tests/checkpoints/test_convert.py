@@ -516,7 +516,7 @@ peak, stop = [anonymous()], threading.Event()
 def watch():
     while not stop.wait(0.002):
         peak[0] = max(peak[0], anonymous())
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 before = anonymous()
 getattr(convert, direction)(src, dst, workers=int(workers))
@@ -529,7 +529,8 @@ def peak_memory(direction: str, src: Path, dst: Path, workers: int) -> tuple[int
     """Anonymous memory of a process of its own, before a conversion and at its peak."""
     run = subprocess.run(
         [sys.executable, "-c", MEMORY_CHILD, direction, str(src), str(dst), str(workers)],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, check=True, timeout=500,
+        cwd=Path(__file__).parents[2], env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     before, peak = map(int, run.stdout.split())
     return before, peak

@@ -94,7 +94,7 @@ def test_one_chunk_a_layer_and_expert(native: Path):
         chunks = list((native / "params" / path_name(path)).glob("c.*"))
         assert len(chunks) == len(parameter.tensors)
         codecs = json.loads((native / "params" / path_name(path) / "zarr.json").read_text())["codecs"]
-        assert [codec["name"] for codec in codecs] == ["bytes", "crc32c"]
+        assert [codec["name"] for codec in codecs][-2:] == ["bytes", "crc32c"]
         size = parameter.tensors[0].size * (4 if parameter.keep_float32 else 2)
         assert {chunk.stat().st_size for chunk in chunks} == {size + 4}
 

@@ -54,9 +54,9 @@ K_EXAONE_2 = ModelConfig(
 WITH_MTP = {"k-exaone": K_EXAONE, "4.5": EXAONE_4_5, "k-exaone-2.0": K_EXAONE_2}
 
 
-def make(config: ModelConfig, seed: int = 0, *, dtype=jnp.float32, scan_layers: bool = True, **given) -> Transformer:
+def make(config: ModelConfig, seed: int = 0, *, dtype=jnp.float32, param_dtype=None, **given) -> Transformer:
     """A model with random weights; `given` maps paths joined by two underscores to values of other weights."""
-    abstract = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0), scan_layers=scan_layers))
+    abstract = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     rng, filled = np.random.default_rng(seed), []
     for path, leaf in nnx.to_flat_state(state):

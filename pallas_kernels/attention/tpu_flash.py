@@ -1,0 +1,331 @@
+"""Causal attention over all keys, or under a window too wide for one pass: FlashAttention, forward and backward.
+
+Forward (Dao et al. 2022, arXiv:2205.14135): a running maximum and rescaled sums over tiles of keys. Only tiles that cross the
+diagonal or the window's edge are masked; the rest run a body without any mask arithmetic, and tiles outside the band run none.
+
+Backward in one kernel, five products a tile where the usual pair of kernels takes seven: query blocks are the outer loop, and
+the gradients of a chunk of keys stay on chip in float32 all the while. Grouped queries make that cheap, as the chunk is one kv
+head's and every head of the group adds to it. Several chunks of keys are several calls, each adding to d_q in place.
+
+The kernels' layout is q [B, K, G, T, D] with the G heads of a group together, k and v [B, K, S, D].
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention.tpu_tiles import (
+    FLOOR,
+    HIDDEN,
+    IN_ORDER,
+    LOG2E,
+    PARALLEL,
+    TILE,
+    ceil_to,
+    compiler_params,
+    dot,
+    iota,
+    log_sum_exp2,
+    repeat,
+)
+from pallas_kernels.attention.tuned import Tiles
+
+
+class Plan(NamedTuple):
+    """What is static in one call. T is already a multiple of `rows` and `block`."""
+
+    window: int | None
+    scale: float
+    group: int
+    head_dim: int
+    rows: int  # queries of one grid step
+    keys: int  # keys of one tile of scores
+    block: int  # forward: keys that one grid step fetches. Backward: keys of one chunk
+    segmented: bool
+    interpret: bool
+
+    @property
+    def height(self) -> int:
+        """Rows of the tile of scores: every head of the group."""
+        return self.group * self.rows
+
+
+def make_plan(
+    length: int,
+    group: int,
+    head_dim: int,
+    window: int | None,
+    scale: float,
+    segmented: bool,
+    backward: bool,
+    tiles: Tiles,
+    interpret: bool,
+) -> Plan:
+    keys = min(tiles.flash_keys, ceil_to(length, TILE))
+    padded = ceil_to(length, keys)
+    rows = (tiles.flash_rows_backward if backward else tiles.flash_rows) // group
+    rows = max(n for n in range(TILE, keys + 1, TILE) if keys % n == 0 and n <= max(rows, TILE))
+    most = tiles.flash_chunk if backward else tiles.flash_block
+    count = -(-padded // most)
+    block = ceil_to(-(-padded // count), keys)
+    return Plan(window, scale, group, head_dim, rows, keys, block, segmented, interpret)
+
+
+def padding(plan: Plan, length: int) -> int:
+    """Rows to put after the last of both queries and keys."""
+    return ceil_to(length, plan.block) - length
+
+
+def _over_tiles(plan: Plan, first_query: Array, first_key: Array | int, body: Callable[[Array, bool], None]) -> None:
+    """Runs `body(u, masked)` for each tile u of the keys that the query block sees; `masked` where a score may be dead."""
+    tiles, last_query = plan.block // plan.keys, first_query + plan.rows - 1
+
+    def floor(key: Array) -> Array:
+        return (key - first_key) // plan.keys
+
+    end = jnp.clip(floor(last_query) + 1, 0, tiles)
+    start = jnp.int32(0) if plan.window is None else jnp.clip(floor(first_query - plan.window + 1), 0, end)
+
+    def run(low: Array, high: Array, masked: bool, shift: Callable[[Array], Array] = lambda u: u) -> None:
+        def step(u: Array, carry: None) -> None:
+            body(shift(u), masked)
+            return carry
+
+        lax.fori_loop(low, high, step, None)
+
+    if plan.segmented:
+        return run(start, end, True)
+    # Tiles start .. left cross the window's edge, left .. right are clear, right .. end cross the diagonal.
+    left = start
+    if plan.window is not None:
+        left = jnp.clip(-((first_key - (last_query - plan.window + 1)) // plan.keys), start, end)
+    right = jnp.clip(floor(first_query + 1), left, end)
+    run(left, right, False)
+    # One loop for both edges: the body is long, and a second copy of it would be compiled for nothing.
+    run(start, end - right + left, True, lambda u: jnp.where(u < left, u, u + right - left))
+    return None
+
+
+def _mask(plan: Plan, axis: int, first_query: Array, first_key: Array, segments: tuple[Array, Array] | None) -> Array:
+    """bool of one head's scores; `axis` is where the queries stand: 0 forward, 1 backward. Segments: ids as (column, row)."""
+    shape = (plan.rows, plan.keys) if axis == 0 else (plan.keys, plan.rows)
+    distance = iota(shape, axis) - iota(shape, 1 - axis) + (first_query - first_key)
+    live = distance >= 0
+    if plan.window is not None:
+        live &= distance < plan.window
+    if segments is not None:
+        live &= segments[0] == segments[1]
+    return live
+
+
+def _lanes(x: Array, width: int) -> Array:
+    """A column that is the same in all 128 lanes, widened or narrowed."""
+    return x[:, :width] if width < TILE else repeat(x, width // TILE, 1)
+
+
+def _first_block(plan: Plan, query_block: Array) -> Array | int:
+    if plan.window is None:
+        return 0
+    return jnp.maximum(query_block * plan.rows - plan.window + 1, 0) // plan.block
+
+
+def _forward_kernel(plan: Plan, num_key_blocks: int, *refs: Any) -> None:
+    q, k, v, *segments, out, lse, peaks, totals, sums = refs
+    step = pl.program_id(3)
+    first_query = pl.program_id(2) * plan.rows
+    first_key = (_first_block(plan, pl.program_id(2)) + step) * plan.block
+
+    @pl.when(step == 0)
+    def _() -> None:
+        peaks[...] = jnp.full_like(peaks, FLOOR)
+        totals[...] = jnp.zeros_like(totals)
+        sums[...] = jnp.zeros_like(sums)
+
+    def tile(u: Array, masked: bool) -> None:
+        at = pl.multiple_of(u * plan.keys, plan.keys)
+        keys = pl.ds(at, plan.keys)
+        rows = q[0, 0].reshape(plan.height, plan.head_dim)
+        scores = dot(rows, k[0, 0, keys], (1, 1)) * (plan.scale * LOG2E)
+        if masked:
+            ids = (segments[0][0], segments[1][0, :, keys]) if segments else None
+            live = _mask(plan, 0, first_query, first_key + at, ids)
+            scores = jnp.where(repeat(live, plan.group, 0), scores, HIDDEN)
+        old = peaks[...]
+        new = jnp.maximum(old, scores.max(1, keepdims=True))
+        weights = jnp.exp2(scores - _lanes(new, plan.keys))
+        decay = jnp.exp2(old - new)
+        peaks[...] = new
+        # Each lane sums its own columns; the lanes are added up once, at the end.
+        parts = (weights[:, at : at + TILE] for at in range(0, plan.keys, TILE))
+        totals[...] = totals[...] * decay + functools.reduce(jnp.add, parts)
+        update = dot(weights.astype(v.dtype), v[0, 0, keys], (1, 0))
+        sums[...] = sums[...] * _lanes(decay, plan.head_dim) + update
+
+    _over_tiles(plan, first_query, first_key, tile)
+
+    @pl.when(step == num_key_blocks - 1)
+    def _() -> None:
+        total = totals[...].sum(1, keepdims=True)
+        safe = jnp.where(total == 0.0, 1.0, total) if plan.segmented else total
+        out[0, 0] = (sums[...] * (1.0 / safe)).astype(out.dtype).reshape(plan.group, plan.rows, plan.head_dim)
+        for at in range(0, plan.rows, TILE):
+            columns = [pl.ds(head * plan.rows + at, TILE) for head in range(plan.group)]
+            column_totals = [totals[c].sum(1, keepdims=True) for c in columns]
+            lse[0, 0, :, at : at + TILE] = log_sum_exp2([peaks[c] for c in columns], column_totals)
+
+
+def forward(plan: Plan, q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None) -> tuple[Array, Array]:
+    """Returns (out [B, K, G, T, D], base-2 lse float32 [B, K, G, T]).
+
+    q [B, K, G, T, D]; k, v [B, K, T, D]; segments (queries' int32 [B, T, 1], keys' int32 [B, 1, T]).
+    """
+    batch, kv_heads, group, length, head_dim = q.shape
+    num_blocks = length // plan.block
+    if plan.window is not None:
+        num_blocks = min(num_blocks, -(-(plan.rows + plan.window - 2) // plan.block) + 1)
+
+    def key_block(i: Array, j: Array) -> Array:
+        # A step past the diagonal asks for the block that is already there, so nothing is fetched.
+        return jnp.minimum(_first_block(plan, i) + j, (i * plan.rows + plan.rows - 1) // plan.block)
+
+    rows = pl.BlockSpec((1, 1, group, plan.rows, head_dim), lambda b, h, i, j: (b, h, 0, i, 0))
+    keys = pl.BlockSpec((1, 1, plan.block, head_dim), lambda b, h, i, j: (b, h, key_block(i, j), 0))
+    in_specs, inputs = [rows, keys, keys], [q, k, v]
+    if segments is not None:
+        in_specs += [
+            pl.BlockSpec((1, plan.rows, 1), lambda b, h, i, j: (b, i, 0)),
+            pl.BlockSpec((1, 1, plan.block), lambda b, h, i, j: (b, 0, key_block(i, j))),
+        ]
+        inputs += segments
+    column = pltpu.VMEM((plan.height, TILE), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, plan, num_blocks),
+        grid=(batch, kv_heads, length // plan.rows, num_blocks),
+        in_specs=in_specs,
+        out_specs=[rows, pl.BlockSpec((1, 1, group, plan.rows), lambda b, h, i, j: (b, h, 0, i))],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32),
+        ],
+        scratch_shapes=[column, column, pltpu.VMEM((plan.height, head_dim), jnp.float32)],
+        compiler_params=compiler_params(PARALLEL, PARALLEL, PARALLEL, IN_ORDER),
+        interpret=plan.interpret,
+        name="flash_attention_forward",
+    )(*inputs)
+
+
+def _backward_kernel(plan: Plan, first_block: int, first_key: int, num_blocks: int, *refs: Any) -> None:
+    q, d_out, lse, shift, k, v, *rest, d_q, d_k, d_v, sum_q, sum_k, sum_v = refs
+    segments, earlier = (rest[:2], rest[2:]) if plan.segmented else ([], rest)
+    block = pl.program_id(2)
+    first_query = (first_block + block) * plan.rows
+
+    @pl.when(block == 0)
+    def _() -> None:
+        sum_k[...] = jnp.zeros_like(sum_k)
+        sum_v[...] = jnp.zeros_like(sum_v)
+
+    sum_q[...] = jnp.zeros_like(sum_q)
+
+    def row(ref: Any) -> Array:
+        return jnp.concatenate([ref[0, 0, h : h + 1] for h in range(plan.group)], 1)
+
+    def tile(u: Array, masked: bool) -> None:
+        at = pl.multiple_of(u * plan.keys, plan.keys)
+        keys = pl.ds(at, plan.keys)
+        k_tile, v_tile = k[0, 0, keys], v[0, 0, keys]
+        rows, d_rows = (x[0, 0].reshape(plan.height, plan.head_dim) for x in (q, d_out))
+        # Transposed, [keys, rows]: the two numbers a query has are then a row, which every sublane reads for free.
+        scores = dot(k_tile, rows, (1, 1)) * (plan.scale * LOG2E)
+        if masked:
+            ids = (segments[1][0, keys], segments[0][0]) if segments else None
+            live = _mask(plan, 1, first_query, first_key + at, ids)
+            scores = jnp.where(repeat(live, plan.group, 1), scores, HIDDEN)
+        weights = jnp.exp2(scores - row(lse))
+        d_scores = (weights * (dot(v_tile, d_rows, (1, 1)) - row(shift))).astype(q.dtype)
+        sum_v[keys] += dot(weights.astype(q.dtype), d_rows, (1, 0))
+        sum_k[keys] += dot(d_scores, rows, (1, 0))
+        sum_q[...] += dot(d_scores, k_tile, (0, 0))
+
+    _over_tiles(plan, first_query, first_key, tile)
+    query_grads = (sum_q[...] * plan.scale).reshape(plan.group, plan.rows, plan.head_dim)
+    if earlier:
+        query_grads += earlier[0][0, 0]
+    d_q[0, 0] = query_grads.astype(d_q.dtype)
+
+    @pl.when(block == num_blocks - 1)
+    def _() -> None:
+        d_k[0, 0] = (sum_k[...] * plan.scale).astype(d_k.dtype)
+        d_v[0, 0] = sum_v[...].astype(d_v.dtype)
+
+
+def _backward_chunk(plan: Plan, chunk: int, inputs: list[Array], d_q: Array | None) -> tuple[Array, Array, Array]:
+    """(d_q, d_k and d_v of the chunk of keys). Given d_q of other chunks, float32, this chunk's part is added to it in place."""
+    q, k = inputs[0], inputs[4]
+    batch, kv_heads, group, length, head_dim = q.shape
+    first_key = chunk * plan.block
+    end = length if plan.window is None else min(length, first_key + plan.block + plan.window - 1)
+    first_block = first_key // plan.rows
+    num_blocks = -(-end // plan.rows) - first_block
+
+    rows = pl.BlockSpec((1, 1, group, plan.rows, head_dim), lambda b, h, i: (b, h, 0, first_block + i, 0))
+    stats = pl.BlockSpec((1, 1, group, plan.rows), lambda b, h, i: (b, h, 0, first_block + i))
+    keys = pl.BlockSpec((1, 1, plan.block, head_dim), lambda b, h, i: (b, h, chunk, 0))
+    in_specs = [rows, rows, stats, stats, keys, keys]
+    if plan.segmented:
+        in_specs += [
+            pl.BlockSpec((1, 1, plan.rows), lambda b, h, i: (b, 0, first_block + i)),
+            pl.BlockSpec((1, plan.block, 1), lambda b, h, i: (b, chunk, 0)),
+        ]
+    aliases = {}
+    if d_q is not None:
+        aliases = {len(inputs): 0}
+        inputs, in_specs = [*inputs, d_q], [*in_specs, rows]
+    kv_grads = pl.BlockSpec((1, 1, plan.block, head_dim), lambda b, h, i: (b, h, 0, 0))
+    kv_shape = jax.ShapeDtypeStruct((batch, kv_heads, plan.block, head_dim), k.dtype)
+    kv_sum = pltpu.VMEM((plan.block, head_dim), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(_backward_kernel, plan, first_block, first_key, num_blocks),
+        grid=(batch, kv_heads, num_blocks),
+        in_specs=in_specs,
+        out_specs=[rows, kv_grads, kv_grads],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype if d_q is None else d_q.dtype), kv_shape, kv_shape],
+        scratch_shapes=[pltpu.VMEM((plan.height, head_dim), jnp.float32), kv_sum, kv_sum],
+        input_output_aliases=aliases,
+        compiler_params=compiler_params(PARALLEL, PARALLEL, IN_ORDER),
+        interpret=plan.interpret,
+        name="flash_attention_backward",
+    )(*inputs)
+
+
+def backward(
+    plan: Plan,
+    q: Array,
+    d_out: Array,
+    lse: Array,
+    shift: Array,
+    k: Array,
+    v: Array,
+    segments: tuple[Array, Array] | None,
+) -> tuple[Array, Array, Array]:
+    """Returns (d_q [B, K, G, T, D], d_k and d_v [B, K, T, D]).
+
+    lse is base-2, +large where a query sees nothing; shift is `d_out . out - d_lse`; both float32 [B, K, G, T].
+    segments is (queries' int32 [B, 1, T], keys' int32 [B, T, 1]): the forward's, transposed.
+    """
+    inputs = [q, d_out, lse, shift, k, v, *(segments or ())]
+    chunks = k.shape[2] // plan.block
+    if chunks == 1:
+        return _backward_chunk(plan, 0, inputs, None)
+    d_q, key_grads, value_grads = jnp.zeros(q.shape, jnp.float32), [], []
+    for chunk in range(chunks):
+        d_q, d_k, d_v = _backward_chunk(plan, chunk, inputs, d_q)
+        key_grads.append(d_k)
+        value_grads.append(d_v)
+    return d_q.astype(q.dtype), jnp.concatenate(key_grads, 2), jnp.concatenate(value_grads, 2)

@@ -1,0 +1,237 @@
+"""The TPU kernels: in the interpreter against `reference`, and compiled by the real TPU compiler where libtpu is installed."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention import attention, choose_implementation, tpu, tuned
+
+# float32: two orders of summing at most ~600 products of O(1) numbers; measured at most 5e-6.
+FP32_ERROR = 2e-5
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+@pytest.fixture(autouse=True)
+def _no_tpu_look_up(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+
+
+def make_inputs(seed, batch, length, heads, kv_heads, dim, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(batch, length, heads, dim))
+    k, v = (rng.normal(size=(batch, length, kv_heads, dim)) for _ in range(2))
+    return tuple(jnp.asarray(x, dtype) for x in (q, k, v))
+
+
+def make_segments(seed, batch, length, low=0):
+    return jnp.asarray(np.sort(np.random.default_rng(seed).integers(low, 4, (batch, length)), axis=1), jnp.int32)
+
+
+def run_all(implementation, q, k, v, **kwargs):
+    """Returns (out, lse, dq, dk, dv) as float32 for fixed random cotangents of out and lse."""
+
+    def run(q, k, v):
+        interpret = implementation == "tpu"
+        return attention(q, k, v, implementation=implementation, interpret=interpret, return_lse=True, **kwargs)
+
+    def both(q, k, v, d_out, d_lse):
+        (out, lse), pull = jax.vjp(run, q, k, v)
+        return (out, lse, *pull((d_out.astype(out.dtype), jnp.where(jnp.isfinite(lse), d_lse, 0))))
+
+    rng = np.random.default_rng(7)
+    d_out = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+    d_lse = jnp.asarray(rng.normal(size=(q.shape[0], q.shape[2], q.shape[1])), jnp.float32)
+    # Each case runs once: XLA's optimiser would cost more than it saves.
+    run_once = jax.jit(both, compiler_options={"xla_backend_optimization_level": 0})
+    return tuple(np.asarray(x, np.float32) for x in run_once(q, k, v, d_out, d_lse))
+
+
+def assert_agree(q, k, v, **kwargs):
+    found, wanted = (run_all(name, q, k, v, **kwargs) for name in ("tpu", "reference"))
+    for name, a, b in zip(NAMES, found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=FP32_ERROR, atol=FP32_ERROR, err_msg=name)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that short inputs have several blocks, unrolled steps and chunks of keys."""
+    small = tuned.Tiles(512, 2, 2, 256, 256, 128, 256, 256)
+    monkeypatch.setattr(tpu, "tiles", lambda kind: small)
+
+
+@pytest.mark.parametrize("window", [1, 127, 128, 129, 250, 1000, None])
+def test_windows(window):
+    assert_agree(*make_inputs(0, 1, 300, 2, 1, 64), window=window)
+
+
+@pytest.mark.parametrize("length", [1, 128, 257])
+@pytest.mark.parametrize("window", [None, 128])
+def test_lengths(length, window):
+    assert_agree(*make_inputs(1, 2, length, 2, 2, 64), window=window)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 80), (5, 1, 128), (6, 2, 64)])
+@pytest.mark.parametrize("window", [None, 130])
+def test_groups_and_head_dims(heads, kv_heads, dim, window):
+    assert_agree(*make_inputs(2, 1, 270, heads, kv_heads, dim), window=window, scale=0.2)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("window", [100, 256, None])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_many_blocks(window, segmented):
+    """The carry between blocks, the step past the end, unrolled tiles, and d_q summed over chunks of keys."""
+    ids = make_segments(3, 1, 700) if segmented else None
+    assert_agree(*make_inputs(3, 1, 700, 2, 1, 64), window=window, segment_ids=ids)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("segmented", [False, True])
+def test_wide_window_runs_as_flash(monkeypatch, segmented):
+    """The window's edge crosses tiles and whole blocks of keys lie left of it."""
+    monkeypatch.setattr(tpu.tpu_window, "MAX_WINDOW", 0)
+    ids = make_segments(4, 1, 900) if segmented else None
+    for window in (129, 384):
+        assert_agree(*make_inputs(4, 1, 900, 2, 1, 64), window=window, segment_ids=ids)
+
+
+@pytest.mark.parametrize("window", [None, 128, 140])
+def test_segments(window):
+    """Ids of queries and keys apart, and one array of ids in no order."""
+    q, k, v = make_inputs(5, 2, 290, 2, 1, 64)
+    unsorted = jnp.asarray(np.random.default_rng(0).integers(-1, 2, (2, 290)), jnp.int32)
+    for ids in ((make_segments(6, 2, 290), make_segments(7, 2, 290, low=1)), unsorted):
+        assert_agree(q, k, v, window=window, segment_ids=ids)
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_rows_that_see_nothing(window):
+    q, k, v = make_inputs(9, 1, 270, 2, 1, 64)
+    ids = (jnp.arange(270)[None] // 100, jnp.full((1, 270), 1))  # only queries 100..199 see keys
+    out, lse, *grads = run_all("tpu", q, k, v, segment_ids=ids, window=window)
+    blind = np.r_[0:100, 200:270]
+    assert (out[:, blind] == 0).all() and np.isneginf(lse[:, :, blind]).all()
+    assert np.isfinite(out).all() and np.isfinite(lse[:, :, 100:200]).all()
+    assert all(np.isfinite(g).all() for g in grads)
+    assert (grads[0][:, blind] == 0).all()
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_nan_in_keys_that_nobody_sees(window):
+    q, k, v = make_inputs(11, 1, 300, 2, 1, 64)
+    bad = jnp.arange(300)[None] >= 250
+    ids = (jnp.zeros((1, 300), jnp.int32), bad.astype(jnp.int32))
+    clean = run_all("tpu", q, k, v, window=window, segment_ids=ids)
+    k, v = (jnp.where(bad[:, :, None, None], jnp.nan, x) for x in (k, v))
+    for a, b in zip(run_all("tpu", q, k, v, window=window, segment_ids=ids), clean, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_large_scores_stay_finite(window):
+    q, k, v = make_inputs(13, 1, 300, 2, 1, 64)
+    found = run_all("tpu", q * 300, k * 300, v, window=window)
+    assert all(np.isfinite(x).all() for x in found)
+    wanted = attention(q * 300, k * 300, v, window=window, implementation="reference")
+    # Scores near 1e5 have a float32 spacing of 0.008: the softmax of near ties may differ by that much.
+    np.testing.assert_allclose(found[0], wanted, atol=0.05)
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_bfloat16_is_as_near_to_the_truth_as_the_reference(window):
+    q, k, v = make_inputs(8, 1, 300, 4, 2, 128, jnp.bfloat16)
+    truth = run_all("reference", *(x.astype(jnp.float32) for x in (q, k, v)), window=window)
+    found, reference = (run_all(name, q, k, v, window=window) for name in ("tpu", "reference"))
+    for name, a, b, t in zip(NAMES, found, reference, truth, strict=True):
+        # 2e-6: lse is float32 on both sides, where both errors are rounding noise.
+        assert np.abs(a - t).mean() <= 2 * np.abs(b - t).mean() + 2e-6, name
+        assert np.abs(a - t).max() <= 2 * np.abs(b - t).max() + 2e-6, name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"causal": False}, "causal"),
+        ({"q_offset": 3}, "q_offset"),
+        ({"q_offset": jnp.zeros((1,), jnp.int32)}, "q_offset"),
+        ({"dim": 96}, "head dimensions"),
+        ({"dtype": jnp.float16}, "float16"),
+        ({"heads": 40}, "query heads"),
+        ({"keys": 256}, "T=128, S=256"),
+    ],
+)
+def test_refusals_name_the_reason(change, words):
+    shape = {"dim": 64, "heads": 2, "keys": 128, "dtype": jnp.float32} | change
+    q = jnp.zeros((1, 128, shape["heads"], shape["dim"]), shape["dtype"])
+    k = jnp.zeros((1, shape["keys"], 1, shape["dim"]), shape["dtype"])
+    call = {name: change[name] for name in ("causal", "q_offset") if name in change}
+    with pytest.raises(NotImplementedError, match=words):
+        attention(q, k, k, implementation="tpu", interpret=True, **call)
+
+
+def test_without_a_tpu_it_says_so():
+    if jax.default_backend() == "tpu":
+        pytest.skip("there is one")
+    q = jnp.zeros((1, 128, 1, 64))
+    with pytest.raises(NotImplementedError, match="no TPU here"):
+        attention(q, q, q, implementation="tpu")
+    assert choose_implementation("tpu", interpret=True) == "tpu"
+
+
+def test_tiles_of_every_chip_fit_together():
+    for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "something new"):
+        found = tuned.tiles(kind)
+        assert all(size % 128 == 0 for name, size in found._asdict().items() if "unroll" not in name)
+        assert found.flash_block % found.flash_keys == 0 and found.flash_chunk % found.flash_keys == 0
+
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+def compile_gradients(topology, q_shape, kv_heads, dtype, window, segmented):
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    q = jax.ShapeDtypeStruct(q_shape, dtype, sharding=here)
+    kv = jax.ShapeDtypeStruct((*q_shape[:2], kv_heads, q_shape[3]), dtype, sharding=here)
+    ids = jax.ShapeDtypeStruct(q_shape[:2], jnp.int32, sharding=here) if segmented else None
+
+    def loss(q, k, v, ids):
+        return attention(q, k, v, window=window, segment_ids=ids, implementation="tpu").astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(q, kv, kv, ids)
+        return traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+
+
+PUBLISHED = [(40, 8, 128), (64, 8, 128), (32, 8, 64), (32, 8, 80)]  # (query heads, kv heads, head dimension)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("JAX_PLATFORMS") != "cpu", reason="needs JAX_PLATFORMS=cpu, or libtpu looks for a TPU"
+)
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "window", "segmented"),
+    [
+        *((shape, "bfloat16", window, True) for shape in PUBLISHED for window in (128, 4096, None)),
+        ((64, 8, 128), "bfloat16", 128, False),
+        ((64, 8, 128), "bfloat16", 100, False),
+        ((64, 8, 128), "bfloat16", 1024, True),
+        ((8, 2, 128), "float32", 128, True),
+        ((8, 2, 128), "float32", None, True),
+    ],
+)
+def test_compiles_for(chip, shape, dtype, window, segmented):
+    pytest.importorskip("libtpu")
+    heads, kv_heads, dim = shape
+    memory = compile_gradients(TOPOLOGIES[chip], (1, 8192, heads, dim), kv_heads, jnp.dtype(dtype), window, segmented)
+    face = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    if window is not None and window <= 1024 and dim == 128:
+        assert memory.temp_size_in_bytes <= 1.1 * face
