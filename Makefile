@@ -25,13 +25,13 @@ demo: $(VENV)/.demo ## train a small K-EXAONE on this machine, write a checkpoin
 	$(VENV)/bin/python scripts/demo.py $(ARGS)
 
 test: $(VENV)/.test ## the suite; ARGS="tests/model -k rope" narrows it
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.test ## the suite with the tests that take minutes or gigabytes
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "slow or not slow" $(ARGS)
 
 test-latest: $(LATEST_VENV)/.test ## the suite on the newest Python and jax found here, without torch
-	$(LATEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(LATEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and the type checker
 	$(VENV)/bin/ruff check

@@ -18,8 +18,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 CASES = {"window": (128, 8192), "long": (4096, 32768), "causal": (None, 8192)}  # (window, T)
@@ -105,8 +107,8 @@ def live_tiles(length: int, window: int | None, rows: int, keys: int) -> tuple[i
 def our_runs(plan, length: int, window: int | None, backward: bool) -> Runs:
     if hasattr(plan, "unroll"):
         groups = length // 128 // plan.unroll
-        masked = groups if window % 128 else -(-plan.back // plan.unroll)
-        products = [groups] if window % 128 else [masked, groups - masked]
+        masked = -(-plan.back // plan.unroll)
+        products = [groups] if plan.window % 128 else [masked, groups - masked]
         return Runs(length // plan.block + backward, 1, groups, products)
     live, edge, _ = live_tiles(length, window, plan.rows, plan.keys)
     blocks = length // plan.rows
@@ -153,7 +155,7 @@ def splash_bytes(length: int, window: int | None, blocks: tuple[int, int, int], 
     return d_q + d_kv
 
 
-def compile_here(args: argparse.Namespace, dump: str) -> int:
+def compile_here(args: argparse.Namespace) -> int:
     """Compiles forward and backward of one implementation; returns the bytes of temporaries."""
     import jax
     import jax.numpy as jnp
@@ -172,10 +174,11 @@ def compile_here(args: argparse.Namespace, dump: str) -> int:
     loss = lambda q, k, v: run(q, k, v).astype(jnp.float32).sum()  # noqa: E731
     with jax.set_mesh(mesh):
         lowered = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("tpu",))
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        memory = lowered.compile().memory_analysis()
+    return memory.temp_size_in_bytes if memory is not None else 0
 
 
-def ours(window: int | None):
+def ours(window: int | None) -> Callable[..., Any]:
     import functools
 
     from pallas_kernels.attention import attention
@@ -183,7 +186,7 @@ def ours(window: int | None):
     return functools.partial(attention, window=window, implementation="tpu")
 
 
-def splash(args: argparse.Namespace, window: int | None, length: int):
+def splash(args: argparse.Namespace, window: int | None, length: int) -> Callable[..., Any]:
     import jax
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -243,15 +246,17 @@ def our_plan(args: argparse.Namespace, window: int | None, length: int, backward
     from pallas_kernels.attention.tuned import tiles
 
     kind = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}[args.chip]
-    make = tpu_window.make_plan if window is not None and window <= tpu_window.MAX_WINDOW else tpu_flash.make_plan
-    return make(length, args.heads[0] // args.heads[1], 128, window, 128**-0.5, False, backward, tiles(kind), False)
+    face, how = (length, args.heads[0] // args.heads[1], 128), (128**-0.5, False, backward, tiles(kind), False)
+    if window is not None and window <= tpu_window.MAX_WINDOW:
+        return tpu_window.make_plan(*face, window, *how)
+    return tpu_flash.make_plan(*face, window, *how)
 
 
 def one(args: argparse.Namespace) -> None:
     """The child process: compile with the dump on, count, print one line of JSON."""
     with tempfile.TemporaryDirectory() as dump:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-        temporaries = compile_here(args, dump)
+        temporaries = compile_here(args)
         print(json.dumps({"temp": temporaries, **count(args, Path(dump))}))
 
 
