@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a check failed, 2 wrong input, 3 storage, 130 interrupted, 141 nobody reads the output.
 """
 
+import io
 import json
 import logging
 import os
@@ -62,13 +63,19 @@ Stop = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
 Mtp = Annotated[
-    bool, typer.Option("--mtp/--no-mtp", help="Draft with the model's MTP layer and verify: same text, sooner.")
+    bool,
+    typer.Option(
+        "--mtp/--no-mtp",
+        help="Draft with the MTP layer and verify: the same greedy text, and the same distribution otherwise.",
+    ),
 ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name); returns the exit code and raises nothing a user can cause."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     as_json = "--json" in arguments
     try:
         code = app(arguments, prog_name="exaone-jax", standalone_mode=False)
@@ -426,7 +433,12 @@ def chat(
         events = stream_chat(
             model, tokenizer, template, messages, params, enable_thinking=thinking, draft_tokens=drafts
         )
-        answer = _show_answer(events, as_json)
+        try:
+            answer = _show_answer(events, as_json)
+        except InputError as error:  # such as a conversation that has outgrown the context: this turn did not happen
+            messages.pop()
+            _fail(type(error).__name__, f"{error} (/clear starts anew)", error.exit_code, as_json)
+            continue
         messages.append({"role": "assistant", "content": answer})
 
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Generator
@@ -71,13 +72,13 @@ def sweep(dst: Path) -> list[str]:
         StorageError: a live process is writing to `dst`.
     """
     removed = []
-    for stale in sorted(dst.parent.glob(f"{glob_escape(dst.name)}.replaced-*")):
+    for stale in _leftovers(dst, "replaced"):
         if os.path.lexists(dst):
             shutil.rmtree(stale)
             removed.append(stale.name)
         else:
             stale.rename(dst)
-    for stale in sorted(dst.parent.glob(f"{glob_escape(dst.name)}.partial-*")):
+    for stale in _leftovers(dst, "partial"):
         fd = _lock(stale)
         if fd is None:
             raise StorageError(f"{dst}: another process is writing it ({stale.name})")
@@ -89,8 +90,15 @@ def sweep(dst: Path) -> list[str]:
     return removed
 
 
-def glob_escape(name: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+def _beside(dst: Path, kind: str) -> Path:
+    return dst.parent / f"{dst.name}.{kind}-{uuid.uuid4().hex[:8]}"
+
+
+def _leftovers(dst: Path, kind: str) -> list[Path]:
+    """The directories beside `dst` that have a name of `_beside`; whatever is named otherwise is not ours."""
+    name = re.compile(re.escape(f"{dst.name}.{kind}-") + "[0-9a-f]{8}")
+    found = (path for path in dst.parent.iterdir() if name.fullmatch(path.name))
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 
 @contextmanager
@@ -105,7 +113,7 @@ def new_directory(dst: Path, *, overwrite: bool, replaceable: frozenset[str]) ->
         dst.parent.mkdir(parents=True, exist_ok=True)
         sweep(dst)
         check_output(dst, overwrite)
-        partial = dst.parent / f"{dst.name}.partial-{uuid.uuid4().hex[:8]}"
+        partial = _beside(dst, "partial")
         partial.mkdir()
     fd = None
     try:
@@ -141,7 +149,7 @@ def _replace(partial: Path, dst: Path) -> None:
         return
     old = partial
     if not _exchange(partial, dst):
-        old = dst.parent / f"{dst.name}.replaced-{uuid.uuid4().hex[:8]}"
+        old = _beside(dst, "replaced")
         dst.rename(old)
         partial.rename(dst)
     _sync(dst.parent)

@@ -155,7 +155,11 @@ def parse_index(raw: bytes, where: str) -> tuple[dict[str, str], int | None]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: expected an object with a weight_map that is not empty")
     for name, file in weight_map.items():
-        _check_shard_name(name, file, where)
+        if not is_shard_name(file):
+            raise CheckpointError(
+                f"{where}: tensor {name!a} is said to be in {file!a}, expected the name of a .safetensors file in the "
+                "same directory"
+            )
     metadata = index.get("metadata") or {}
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and (isinstance(total, bool) or not isinstance(total, int | float) or total != total // 1):
@@ -163,19 +167,12 @@ def parse_index(raw: bytes, where: str) -> tuple[dict[str, str], int | None]:
     return weight_map, None if total is None else int(total)
 
 
-def _check_shard_name(name: str, file: object, where: str) -> None:
-    # Parsed as a Windows path everywhere: it knows drives, UNC names and both separators.
-    good = isinstance(file, str) and file.endswith(".safetensors") and "\0" not in file
-    if (
-        not good
-        or PureWindowsPath(str(file)).name != file
-        or PureWindowsPath(str(file)).drive
-        or str(file).startswith(".")
-    ):
-        raise CheckpointError(
-            f"{where}: tensor {name!a} is said to be in {file!a}, expected the name of a .safetensors file in the "
-            "same directory"
-        )
+def is_shard_name(file: object) -> bool:
+    """Is it the name of a .safetensors file, which never leaves the directory that it is joined to?"""
+    if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file or file.startswith("."):
+        return False
+    path = PureWindowsPath(file)  # on every system: it knows drives, UNC names and both separators
+    return path.name == file and not path.drive
 
 
 def _check_shards(path: Path, weights: list[str], named: set[str]) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from exaone_jax.checkpoints.atomic import storage_errors, write_new
 from exaone_jax.checkpoints.bits import as_bits
-from exaone_jax.checkpoints.directory import CONFIG_FILE
+from exaone_jax.checkpoints.directory import CONFIG_FILE, is_shard_name
 from exaone_jax.checkpoints.names import Parameter, ParameterPath, TensorMap, parameters, path_name, tensor_map
 from exaone_jax.checkpoints.safetensors import DTYPE_BITS, Bits, TensorInfo
 from exaone_jax.config.hf import read_config
@@ -367,6 +367,9 @@ def _parse_manifest(path: Path, raw: Mapping[str, Any]) -> Manifest:
             SourceFile(file["name"], (folder / f"{number:05d}.header").read_bytes(), file["size"])
             for number, file in enumerate(raw["source"]["files"])
         )
+        for file in files:
+            if not is_shard_name(file.name):
+                raise CheckpointError(f"{path / MANIFEST}: {file.name!a} is not the name of a .safetensors file")
         source = SourceLayout(files, (folder / "index.json").read_bytes() if raw["source"]["index"] else None)
     return Manifest(config, raw["mtp"], dict(raw["dtypes"]), carried, dict(raw["copied"]), source)
 

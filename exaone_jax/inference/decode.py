@@ -126,11 +126,12 @@ def emit(state: DecodeState, new: jax.Array, count: jax.Array, stop_ids: tuple[i
 
 def first_token(
     model: Transformer, hidden: jax.Array, state: DecodeState, rows: RowSampling, stop_ids: tuple[int, ...]
-) -> DecodeState:
-    """Draw the first token from the hidden state `[B, D]` of the prompt's last position."""
-    target = _targets(model.logits(hidden[:, None]), state, rows, state.last[:, None][:, :0])
+) -> tuple[DecodeState, jax.Array]:
+    """Draw the first token from hidden `[B, D]` of the prompt's last position; also, whether all logits are finite."""
+    logits = model.logits(hidden[:, None])
+    target = _targets(logits, state, rows, state.last[:, None][:, :0])
     token = draw(target[:, 0], rows, state.cache.lengths, _TOKEN)
-    return emit(state, token[:, None], jnp.ones_like(state.generated), stop_ids)
+    return emit(state, token[:, None], jnp.ones_like(state.generated), stop_ids), jnp.all(jnp.isfinite(logits))
 
 
 def _distribution(logits: jax.Array, counts: jax.Array, state: DecodeState, rows: RowSampling) -> jax.Array:

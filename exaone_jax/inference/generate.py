@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from exaone_jax.errors import InputError
+from exaone_jax.errors import CheckpointError, InputError
 from exaone_jax.inference.decode import DecodeState, Pending, decode, first_token
 from exaone_jax.inference.sampling import RowSampling, SamplingParams
 from exaone_jax.model import KVCache, Transformer
@@ -48,7 +48,8 @@ class Decoding:
         drafts: tokens that the MTP layer proposes each round; 0 decodes plainly.
         stop_ids: token ids that end a row; None: the configuration's end-of-sequence ids.
 
-    Raises InputError on prompts that are empty, hold ids outside the vocabulary, or leave no room in the context.
+    Raises InputError on prompts that are empty, hold ids outside the vocabulary, or leave no room in the context, and
+    CheckpointError on a model whose logits are not finite.
     """
 
     def __init__(
@@ -159,7 +160,14 @@ class Decoding:
             accepted=jnp.zeros((batch, self.drafts), jnp.int32),
             mtp_cache=mtp_cache,
         )
-        return _first(self.graphdef, self.weights, state, last, self.rows, drafts=self.drafts, stop_ids=self.stop_ids)
+        state, finite = _first(
+            self.graphdef, self.weights, state, last, self.rows, drafts=self.drafts, stop_ids=self.stop_ids
+        )
+        if not finite:
+            raise CheckpointError(
+                "the model's logits are NaN or infinite: `exaone-jax convert verify` says which weights are"
+            )
+        return state
 
 
 def generate_tokens(
@@ -207,14 +215,14 @@ def _first(
     *,
     drafts: int,
     stop_ids: tuple[int, ...],
-) -> DecodeState:
-    state = first_token(nnx.merge(graphdef, params), last, state, rows, stop_ids)
+) -> tuple[DecodeState, jax.Array]:
+    state, finite = first_token(nnx.merge(graphdef, params), last, state, rows, stop_ids)
     if not drafts:
-        return state
+        return state, finite
     batch, size = last.shape
     hidden = jnp.zeros((batch, drafts + 1, size), last.dtype).at[:, 0].set(last)
     tokens = jnp.zeros((batch, drafts + 1), jnp.int32).at[:, 0].set(state.last)
-    return dataclasses.replace(state, pending=Pending(hidden, tokens, jnp.ones((batch,), jnp.int32)))
+    return dataclasses.replace(state, pending=Pending(hidden, tokens, jnp.ones((batch,), jnp.int32))), finite
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], drafts: int) -> None:
@@ -225,8 +233,8 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequenc
         )
     if drafts and config.mtp_layer is None:
         raise InputError(f"this {config.model_type} model has no MTP layer to draft with; decode without (drafts=0)")
-    if not 0 <= drafts <= 15:
-        raise InputError(f"drafts must be in [0, 15], found {drafts}")
+    if type(drafts) is not int or not 0 <= drafts <= 15:
+        raise InputError(f"drafts must be a whole number in [0, 15], found {drafts!r}")
     for row, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
         if not len(prompt):
             raise InputError(f"prompt {row} is empty: it needs at least one token")

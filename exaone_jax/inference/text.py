@@ -165,6 +165,8 @@ def generate(
     """
     tokenizer = tokenizer or tokenizer_of(model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if wrong := [item for item in prompts if not isinstance(item, str)]:
+        raise InputError(f"prompt must be a text or several; found {wrong[0]!r} (`complete` takes token ids)")
     texts = [c.text for c in complete(model, tokenizer, prompts, sampling_params(**sampling), draft_tokens)]
     return texts[0] if isinstance(prompt, str) else texts
 
@@ -182,9 +184,12 @@ def stream_chat(
 ) -> Iterator[Event]:
     """The model's next turn of a conversation: pieces of reasoning and answer, and tool calls where tools are offered.
 
-    enable_thinking: None: what the model's generation does by default.
+    enable_thinking: None: what the model's generation does by default. A turn ends where the context does.
     """
     prompt: EncodedChat = encode_chat(tokenizer, messages, template, tools=tools, enable_thinking=enable_thinking)
+    room = model.config.max_position_embeddings - len(prompt.ids)
+    if 0 < room < params.max_new_tokens:
+        params = params.model_copy(update={"max_new_tokens": room})
     parser = ResponseParser(template.rules, starts_in_reasoning=prompt.starts_in_reasoning, tools=tools)
     for text in stream(model, tokenizer, prompt.ids, params, draft_tokens):
         yield from parser.feed(text)
@@ -219,7 +224,8 @@ def recommended_sampling(model: Transformer) -> dict[str, object]:
         raise CheckpointError(f"{file}: found {type(found).__name__}, expected an object")
     if found.get("do_sample") is False:
         return {"temperature": 0.0}
-    return {name: found[name] for name in _RECOMMENDED if found.get(name) is not None}
+    sampled = {"temperature": 1.0} if found.get("do_sample") else {}
+    return sampled | {name: found[name] for name in _RECOMMENDED if found.get(name) is not None}
 
 
 def _stop_ids(model: Transformer, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -237,7 +237,10 @@ def _logits(
 def check_tokens(tokens: jax.typing.ArrayLike, vocab_size: int) -> jax.Array:
     """tokens as int32 `[B, T]`; raises InputError where they are something else. Traced values are not looked at."""
     if not isinstance(tokens, jax.core.Tracer):
-        found = np.asarray(tokens)
+        try:
+            found = np.asarray(tokens)
+        except ValueError as error:
+            raise InputError(f"tokens must be [B, T] with rows of one length: {error}") from error
         if found.ndim != 2 or found.size == 0:
             raise InputError(f"tokens must be [B, T] with B, T >= 1, found shape {list(found.shape)}")
         if not np.issubdtype(found.dtype, np.integer):

@@ -30,8 +30,8 @@ def grouped_matmul(
     multiplies in lhs's dtype, and its gradient keeps its own.
 
     Args:
-      lhs: `[M, K]` float32 or bfloat16. M may be 0.
-      rhs: `[G, K, N]` float32 or bfloat16.
+      lhs: `[M, K]` float32, bfloat16 or float16. M may be 0.
+      rhs: `[G, K, N]` float32, bfloat16 or float16.
       group_sizes: `[G]` int32, each >= 0, summing to at most M. The values may be traced, so they are not checked: a
         negative one counts as 0, and what reaches past row M is cut off.
       implementation: "reference", "xla", "tpu" (megablox), "gpu", or None to choose.
@@ -105,5 +105,5 @@ def _check(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, preferred: ja
     if preferred is not None:
         named["preferred_element_type"] = jnp.dtype(preferred)
     for name, dtype in named.items():
-        if dtype not in (jnp.float32, jnp.bfloat16):
-            raise TypeError(f"grouped_matmul: {name} must be float32 or bfloat16, found {dtype}")
+        if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise TypeError(f"grouped_matmul: {name} must be float32, bfloat16 or float16, found {dtype}")

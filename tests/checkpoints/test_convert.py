@@ -335,6 +335,23 @@ def test_a_kill_between_the_two_renames_is_put_right(source: Path, tmp_path: Pat
     assert load.checkpoint_config(tmp_path / "out") == exaone_moe()
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_what_only_looks_like_a_leftover_is_not_touched(exists: bool, source: Path, tmp_path: Path):
+    for name in ("out.partial-backup", "out.replaced-old", "out.partial-0123456789", "out.replaced-ABCDEF01"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    (tmp_path / "out.partial-01234567").write_text("a file")
+    (tmp_path / "out.replaced-01234567").symlink_to(tmp_path / "out.replaced-old")
+    if exists:
+        (tmp_path / "out").mkdir()
+    before = tree_bytes(tmp_path)
+    assert atomic.sweep(tmp_path / "out") == []
+    assert tree_bytes(tmp_path) == before
+    assert (tmp_path / "out").exists() == exists
+    (tmp_path / "out.partial-89abcdef").mkdir()
+    assert atomic.sweep(tmp_path / "out") == ["out.partial-89abcdef"]
+
+
 @pytest.mark.parametrize("dst", [".", "inside", ".."])
 def test_output_on_the_source(source: Path, dst: str):
     before = tree_bytes(source)

@@ -161,6 +161,26 @@ def test_damaged_metadata(native: Path, tmp_path: Path, file: str, text: str, me
         NativeDirectory(path)
 
 
+def edit_manifest(path: Path, keys: tuple[str | int, ...], value: object) -> None:
+    raw = json.loads((path / MANIFEST).read_text())
+    place = raw
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (path / MANIFEST).write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../escaped.safetensors", "/tmp/escaped.safetensors", "..\\x.safetensors", "C:x.safetensors", "x", ""]
+)
+def test_source_files_stay_in_the_output(native: Path, tmp_path: Path, name: str):
+    path = damaged(native, tmp_path)
+    edit_manifest(path, ("source", "files", 0, "name"), name)
+    with pytest.raises(CheckpointError, match=r"exaone_jax.json: .* is not the name of a .safetensors file"):
+        convert.to_hf(path, tmp_path / "a" / "b" / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["damaged"]
+
+
 def test_config_of_another_model(native: Path, tmp_path: Path):
     path = damaged(native, tmp_path)
     raw = json.loads((path / "config.json").read_text()) | {"vocab_size": 95}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from exaone_jax.errors import InputError
+from exaone_jax.errors import CheckpointError, InputError
 from exaone_jax.inference import decode as decode_module
 from exaone_jax.inference import generate as generate_module
 from exaone_jax.inference.generate import Decoding, TokenOutput, generate_tokens
@@ -336,3 +336,24 @@ def test_the_whole_context_can_be_used():
     rows = [[token % STOP for token in range(60)]] * 6
     outputs = generate_tokens(counting(), rows, up_to([4] * 6, ignore_eos=True), drafts=4)
     assert tokens_of(outputs) == [count(STOP, 4)] * 6
+
+
+def test_a_model_that_is_not_finite_is_refused():
+    broken = make(K_EXAONE)
+    broken.lm_head.kernel[...] = broken.lm_head.kernel[...].at[3, 5].set(jnp.nan)
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        generate_tokens(broken, [[1, 2, 3]], [SamplingParams(max_new_tokens=4)])
+
+
+def test_float16_models_generate():
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    half, single = (make(K_EXAONE, dtype=dtype) for dtype in (jnp.float16, jnp.float32))
+    out = generate_tokens(half, [[1, 2, 3]], [params])[0]
+    assert len(out.tokens) == 6
+    assert out.tokens[0] == generate_tokens(single, [[1, 2, 3]], [params])[0].tokens[0]
+
+
+@pytest.mark.parametrize("drafts", [1.5, True, -1, 16])
+def test_drafts_that_are_no_number_of_drafts(drafts):
+    with pytest.raises(InputError, match="whole number"):
+        Decoding(make(K_EXAONE), [[1]], [SamplingParams()], drafts)

@@ -1,19 +1,21 @@
 """Prompts in, text out: stop strings, streams, whole characters, control tokens, and what is refused."""
 
 import itertools
+import json
 
 import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exaone_jax.errors import InputError
+from exaone_jax.errors import CheckpointError, InputError
 from exaone_jax.inference.sampling import SamplingParams, sampling_params
 from exaone_jax.inference.text import (
     Completion,
     StopStrings,
     complete,
     generate,
+    recommended_sampling,
     remember_source,
     stream,
     stream_chat,
@@ -215,3 +217,29 @@ def test_prompts_that_cannot_be_served_are_refused(
 def test_no_prompt_is_refused(model: Transformer, tokenizer: Tokenizer):
     with pytest.raises(InputError, match="at least one"):
         generate(model, [], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("found", "fields"),
+    [
+        ({}, {}),
+        ({"do_sample": False, "top_p": 0.9}, {"temperature": 0.0}),
+        ({"do_sample": True, "top_p": 0.95}, {"temperature": 1.0, "top_p": 0.95}),
+        ({"temperature": 0.6, "top_k": 20, "bos_token_id": 1}, {"temperature": 0.6, "top_k": 20}),
+    ],
+)
+def test_sampling_that_a_checkpoint_recommends(found: dict, fields: dict, model: Transformer, tmp_path):
+    loaded = nnx.merge(*nnx.split(model))
+    assert recommended_sampling(loaded) == {}
+    remember_source(loaded, tmp_path)
+    assert recommended_sampling(loaded) == {}
+    (tmp_path / "generation_config.json").write_text(json.dumps(found))
+    assert recommended_sampling(loaded) == fields
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="expected an object"):
+        recommended_sampling(loaded)
+
+
+def test_generate_says_that_it_takes_texts(model: Transformer, tokenizer: Tokenizer):
+    with pytest.raises(InputError, match="found 1"):
+        generate(model, [1, 2], tokenizer=tokenizer)  # type: ignore[list-item]
