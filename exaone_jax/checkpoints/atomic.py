@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,11 +102,11 @@ def _leftovers(dst: Path, kind: str) -> list[Path]:
 
 
 @contextmanager
-def new_directory(dst: Path, *, overwrite: bool, replaceable: frozenset[str]) -> Generator[Path]:
+def new_directory(dst: Path, *, overwrite: bool, may_go: Callable[[Path, Path], bool]) -> Generator[Path]:
     """Write a directory: yields its partial form, which becomes `dst` when the block ends without an exception.
 
-    Overwriting swaps the two in one step where the system can, and then removes the old one. It refuses to remove files
-    that are neither written again nor named by `replaceable` (names of the top level, or suffixes that begin with a dot).
+    Overwriting swaps the two in one step where the system can, and then removes the old one. It refuses to while
+    `may_go(entry, partial)` is false for any entry of the old one.
     """
     dst = dst.absolute()
     with storage_errors(str(dst)):
@@ -121,7 +121,7 @@ def new_directory(dst: Path, *, overwrite: bool, replaceable: frozenset[str]) ->
             fd = _lock(partial)
         yield partial
         with storage_errors(str(dst)):
-            _refuse_foreign(dst, partial, replaceable)
+            _refuse_foreign(dst, partial, may_go)
             sync_tree(partial)
             _replace(partial, dst)
     except BaseException:
@@ -132,13 +132,11 @@ def new_directory(dst: Path, *, overwrite: bool, replaceable: frozenset[str]) ->
             os.close(fd)
 
 
-def _refuse_foreign(dst: Path, partial: Path, replaceable: frozenset[str]) -> None:
+def _refuse_foreign(dst: Path, partial: Path, may_go: Callable[[Path, Path], bool]) -> None:
     if not dst.is_dir():
         return
-    written = {entry.name for entry in partial.iterdir()}
-    suffixes = tuple(name for name in replaceable if name.startswith("."))
     for entry in sorted(dst.iterdir()):
-        if entry.name not in written and entry.name not in replaceable and not entry.name.endswith(suffixes):
+        if not may_go(entry, partial):
             raise StorageError(f"{entry}: is not part of a checkpoint and would be lost; move it away first")
 
 

@@ -16,10 +16,12 @@ from exaone_jax.checkpoints.copying import OnProgress, copy_tensors, default_wor
 from exaone_jax.checkpoints.directory import (
     CONFIG_FILE,
     INDEX_FILE,
+    SINGLE_FILE,
     HFDirectory,
     SkippedFile,
     SmallFile,
     open_hf,
+    parse_index,
     resolve_inside,
     small_files,
 )
@@ -48,7 +50,6 @@ from exaone_jax.errors import CheckpointError, StorageError
 
 _HEADROOM = 64 << 20  # free space asked for beyond the tensors: headers, metadata, small files
 _CHUNK_OVERHEAD = 4096 + 64  # a chunk file's checksum, rounding to blocks, and its directory entry
-REPLACEABLE = RESERVED | {CONFIG_FILE, ".safetensors", INDEX_FILE}
 NO_MTP = "config.json has an MTP layer but the checkpoint has no MTP weights: the model is loaded without MTP"
 
 
@@ -122,7 +123,7 @@ def from_hf(
         check_free_space(dst, needed + _HEADROOM)
         if dry_run:
             return report
-        with new_directory(dst, overwrite=overwrite, replaceable=REPLACEABLE) as partial:
+        with new_directory(dst, overwrite=overwrite, may_go=_may_go) as partial:
             for file in report.copied:
                 manifest.copied[file.path] = copy_file(resolve_inside(src, file.path), partial / file.path)
             writer = NativeWriter(partial, manifest, report.workers)
@@ -203,6 +204,29 @@ def _file_order(directory: HFDirectory) -> dict[str, TensorInfo]:
     return {name: directory.tensors[name] for name in names}
 
 
+def _may_go(entry: Path, partial: Path) -> bool:
+    """May overwriting remove an entry of an old checkpoint? Its own parts may go, and files that are written again."""
+    old = entry.parent
+    if entry.name in RESERVED:
+        return is_native(old)
+    if entry.is_dir() and not entry.is_symlink():
+        files = (path for path in entry.rglob("*") if path.is_symlink() or not path.is_dir())
+        return (partial / entry.name).is_dir() and all((partial / path.relative_to(old)).is_file() for path in files)
+    if entry.name.endswith(".safetensors"):
+        return entry.name in _weight_names(old)
+    return entry.name in (CONFIG_FILE, INDEX_FILE) or (partial / entry.name).is_file()
+
+
+def _weight_names(directory: Path) -> set[str]:
+    index = directory / INDEX_FILE
+    if not index.exists():
+        return {SINGLE_FILE}
+    try:
+        return set(parse_index(index.read_bytes(), str(index))[0].values())
+    except CheckpointError:
+        return set()
+
+
 def _check_apart(src: Path, dst: Path) -> None:
     a, b = src.resolve(), dst.resolve()
     if a == b or a.is_relative_to(b) or b.is_relative_to(a):
@@ -239,7 +263,7 @@ def to_hf(
         check_free_space(dst, layout.nbytes + sum(file.size for file in report.copied) + _HEADROOM)
         if dry_run:
             return report
-        with new_directory(dst, overwrite=overwrite, replaceable=REPLACEABLE) as partial:
+        with new_directory(dst, overwrite=overwrite, may_go=_may_go) as partial:
             digests = {f.path: copy_file(resolve_inside(src, f.path), partial / f.path) for f in report.copied}
             _write_hf(native, partial, layout, report.workers, on_progress)
     report.warnings.extend(_changed_files(native.manifest.copied, digests))
@@ -365,7 +389,7 @@ def _save(
     config_json = _config_json(config, extra)
     check_output(dst, overwrite)
     check_free_space(dst, report.bytes + report.tensors * _CHUNK_OVERHEAD + _HEADROOM)
-    with new_directory(dst, overwrite=overwrite, replaceable=REPLACEABLE) as partial:
+    with new_directory(dst, overwrite=overwrite, may_go=_may_go) as partial:
         for file in report.copied:
             copy_file(resolve_inside(extra or partial, file.path), partial / file.path)
         write_new(partial / CONFIG_FILE, config_json)

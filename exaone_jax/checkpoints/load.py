@@ -13,10 +13,10 @@ from numpy.typing import DTypeLike, NDArray
 from exaone_jax.checkpoints.bits import FLOATS, as_bits, as_float, transpose_into
 from exaone_jax.checkpoints.copying import default_workers
 from exaone_jax.checkpoints.directory import CONFIG_FILE, HFDirectory, open_hf
-from exaone_jax.checkpoints.matching import check_stacks, check_tensors, without_mtp
+from exaone_jax.checkpoints.matching import check_stacks, check_tensors, checked_quantization, without_mtp
 from exaone_jax.checkpoints.names import Parameter, ParameterPath, TensorMap, parameters, path_name
 from exaone_jax.checkpoints.native import NativeDirectory, is_native, rows_per_chunk
-from exaone_jax.config.hf import quantization, read_config_and_extra
+from exaone_jax.config.hf import read_config_and_extra
 from exaone_jax.config.model import ModelConfig
 from exaone_jax.errors import CheckpointError
 
@@ -50,7 +50,7 @@ def open_checkpoint(path: Path | str) -> tuple[ModelConfig, Checkpoint]:
 def checked_config(directory: HFDirectory) -> ModelConfig:
     """The configuration of an open Hugging Face directory, less an MTP layer that it has no tensors of."""
     config, extra = read_config_and_extra(directory.path / CONFIG_FILE)
-    if (quantised := quantization(extra)) is not None:
+    if (quantised := checked_quantization(extra, str(directory.path / CONFIG_FILE))) is not None:
         method = quantised.get("quant_method", "?")
         raise CheckpointError(
             f"{directory.path}: the weights are quantised (quant_method {method!a}), expected BF16, F16 or F32 weights"

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from exaone_jax.checkpoints.names import MTP_PREFIX, tensor_map
 from exaone_jax.checkpoints.safetensors import TensorInfo
+from exaone_jax.config.hf import quantization
 from exaone_jax.config.model import ModelConfig
-from exaone_jax.errors import CheckpointError
+from exaone_jax.errors import CheckpointError, ConfigError
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _MAX_LINES = 20
@@ -47,11 +49,24 @@ def table(title: str, names: Iterable[str]) -> list[str]:
     return [f"{title}:", *shown, *more]
 
 
+def printable(name: str) -> str:
+    """A name from a file, with escapes for what a terminal would obey or could not show."""
+    return ascii(name)[1:-1]
+
+
 def without_mtp(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
     """The configuration of what is there: transformers drops `mtp.*` on saving, so a checkpoint may lack all of it."""
     if config.mtp_layer is None or any(name.startswith(MTP_PREFIX) for name in names):
         return config
     return config.model_copy(update={"mtp_layer": None, "mtp_num_steps": 1})
+
+
+def checked_quantization(extra: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """The `quantization_config` among the uninterpreted keys of a config.json. Raises ConfigError unless an object."""
+    found: object = quantization(extra)
+    if found is None or isinstance(found, dict):
+        return found
+    raise ConfigError(f"{where}: quantization_config: found {ascii(found)[:200]}, expected an object")
 
 
 def check_tensors(
@@ -80,7 +95,7 @@ def check_tensors(
     ]
     lines = [
         *table("missing tensors", (name for name in maps if name not in found)),
-        *table("tensors that the configuration does not have", (ascii(name)[1:-1] for name in refused)),
+        *table("tensors that the configuration does not have", map(printable, refused)),
         *table("wrong shape", shapes),
         *table("wrong dtype", dtypes),
     ]

@@ -12,7 +12,7 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy for tensorstore's
 import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from exaone_jax.checkpoints.atomic import storage_errors, write_new
 from exaone_jax.checkpoints.bits import as_bits
@@ -339,39 +340,75 @@ def _read_manifest(path: Path) -> Manifest:
         raw = json.loads(where.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no native checkpoint, {MANIFEST} is missing") from error
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise CheckpointError(f"{where}: not the manifest of a native checkpoint")
     if raw.get("version") != VERSION:
         raise CheckpointError(f"{where}: version {raw.get('version')!r}, this release reads {VERSION}")
     try:
-        return _parse_manifest(path, raw)
-    except (KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-        raise CheckpointError(f"{where}: damaged: {error!r}") from error
+        return _parse_manifest(path, _ManifestFile.model_validate(raw))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{where}: damaged: {ascii(key)[1:-1]}: {first['msg']}") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{where}: damaged: {error}") from error
 
 
-def _parse_manifest(path: Path, raw: Mapping[str, Any]) -> Manifest:
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _CarriedTensor(_Strict):
+    dtype: str
+    shape: list[NonNegativeInt]
+
+
+class _RecordedFile(_Strict):
+    name: str
+    size: NonNegativeInt
+
+
+class _RecordedSource(_Strict):
+    files: list[_RecordedFile]
+    index: bool
+
+
+class _ManifestFile(_Strict):
+    """exaone_jax.json, as `Manifest.to_dict` writes it."""
+
+    mtp: bool
+    dtypes: dict[str, str]
+    carried: dict[str, _CarriedTensor]
+    copied: dict[str, str]
+    source: _RecordedSource | None
+
+
+def _parse_manifest(path: Path, raw: _ManifestFile) -> Manifest:
     config = read_config(path / CONFIG_FILE)
-    if not raw["mtp"]:
+    if not raw.mtp:
         config = config.model_copy(update={"mtp_layer": None, "mtp_num_steps": 1})
-    carried = {name: TensorInfo(info["dtype"], tuple(info["shape"])) for name, info in raw["carried"].items()}
-    for name, info in carried.items():
-        if info.dtype not in _ZARR_DTYPE:
-            raise CheckpointError(f"{path / MANIFEST}: {name!a} has unknown dtype {info.dtype!a}")
+    carried = {name: TensorInfo(info.dtype, tuple(info.shape)) for name, info in raw.carried.items()}
+    for name, dtype in (raw.dtypes | {name: info.dtype for name, info in carried.items()}).items():
+        if dtype not in _ZARR_DTYPE:
+            raise CheckpointError(f"{path / MANIFEST}: {name!a} has unknown dtype {dtype!a}")
+    for name in carried:
         check_carried_name(name)
     source = None
-    if raw["source"] is not None:
+    if raw.source is not None:
         folder = path / SOURCE
         files = tuple(
-            SourceFile(file["name"], (folder / f"{number:05d}.header").read_bytes(), file["size"])
-            for number, file in enumerate(raw["source"]["files"])
+            SourceFile(file.name, (folder / f"{number:05d}.header").read_bytes(), file.size)
+            for number, file in enumerate(raw.source.files)
         )
         for file in files:
             if not is_shard_name(file.name):
                 raise CheckpointError(f"{path / MANIFEST}: {file.name!a} is not the name of a .safetensors file")
-        source = SourceLayout(files, (folder / "index.json").read_bytes() if raw["source"]["index"] else None)
-    return Manifest(config, raw["mtp"], dict(raw["dtypes"]), carried, dict(raw["copied"]), source)
+        source = SourceLayout(files, (folder / "index.json").read_bytes() if raw.source.index else None)
+    return Manifest(config, raw.mtp, raw.dtypes, carried, raw.copied, source)
 
 
 def check_carried_name(name: str) -> None:

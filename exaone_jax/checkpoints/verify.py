@@ -13,7 +13,7 @@ from exaone_jax.checkpoints.bits import FLOATS, count_nonfinite
 from exaone_jax.checkpoints.copying import OnProgress, copy_tensors, default_workers
 from exaone_jax.checkpoints.directory import CONFIG_FILE, open_hf
 from exaone_jax.checkpoints.load import Checkpoint
-from exaone_jax.checkpoints.matching import table, without_mtp
+from exaone_jax.checkpoints.matching import printable, table, without_mtp
 from exaone_jax.checkpoints.native import NativeDirectory, is_native
 from exaone_jax.checkpoints.safetensors import Bits, TensorInfo
 from exaone_jax.config.hf import read_config
@@ -34,7 +34,7 @@ class TensorDifference:
 
     def __str__(self) -> str:
         where = list(self.first_index)
-        return f"{self.name}: {self.elements} elements differ, the first at {where}: {self.a_bits} and {self.b_bits}"
+        return f"{printable(self.name)}: {self.elements} elements differ, the first at {where}: {self.a_bits} and {self.b_bits}"
 
 
 @dataclass
@@ -86,12 +86,14 @@ class VerifyReport:
         verdict = "the same" if self.same else "DIFFERENT"
         return [
             *table("configuration differs", (f"{name}: {values}" for name, values in self.config.items())),
-            *table(f"only in {self.a}", self.only_in_a),
-            *table(f"only in {self.b}", self.only_in_b),
-            *table("different dtype or shape", (f"{name}: {both}" for name, both in self.mismatched.items())),
-            *table("different bits", self.different),
+            *table(f"only in {self.a}", map(printable, self.only_in_a)),
+            *table(f"only in {self.b}", map(printable, self.only_in_b)),
+            *table(
+                "different dtype or shape", (f"{printable(name)}: {both}" for name, both in self.mismatched.items())
+            ),
+            *table("different bits", map(printable, self.different)),
             *(f"  {example}" for example in self.examples),
-            *table("NaN or infinity", nonfinite),
+            *table("NaN or infinity", map(printable, nonfinite)),
             *([f"  {sum(self.nan.values())} NaN, {sum(self.inf.values())} infinities"] if nonfinite else []),
             f"{self.tensors} tensors, {self.bytes:,} bytes compared: {verdict}",
         ]

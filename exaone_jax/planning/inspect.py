@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exaone_jax.checkpoints import names
-from exaone_jax.checkpoints.matching import collapse
+from exaone_jax.checkpoints.matching import checked_quantization, collapse
 from exaone_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
-from exaone_jax.config import LayerSpec, ModelConfig, layer_plan, published, quantization, read_config_and_extra
+from exaone_jax.config import LayerSpec, ModelConfig, layer_plan, published, read_config_and_extra
 from exaone_jax.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def inspect_model(name_or_path: str | Path) -> Inspection:
         mtp=parts.get("mtp"),
         vision=parts.get("vision"),
         active_parameters=_active_parameters(config),
-        quantization=quantization(extra),
+        quantization=checked_quantization(extra, name),
         checkpoint=_checkpoint(config, path) if path.is_dir() else None,
     )
 

@@ -320,6 +320,44 @@ def test_overwriting_never_removes_foreign_files(source: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "params/_METADATA",
+        "source/main.c",
+        "carried/x",
+        "exaone_jax.json/x",
+        "other.safetensors",
+        "config.json/x",
+        "vocab/x",
+        "model-00001-of-00002.safetensors",
+    ],
+)
+@pytest.mark.parametrize("direction", ["from_hf", "to_hf"])
+def test_overwriting_never_removes_what_has_a_name_of_ours(direction: str, name: str, source: Path, tmp_path: Path):
+    src = source
+    if direction == "to_hf":
+        src = tmp_path / "native"
+        convert.from_hf(source, src)
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("years of work")
+    with pytest.raises(StorageError, match=r"is not part of a checkpoint and would be lost"):
+        getattr(convert, direction)(src, tmp_path / "out", overwrite=True)
+    assert tree_bytes(tmp_path / "out") == {name: b"years of work"}
+
+
+def test_overwriting_replaces_the_weights_that_the_index_names(source: Path, tmp_path: Path):
+    out = Path(shutil.copytree(source, tmp_path / "out"))
+    (out / "adapter.safetensors").write_text("years of work")
+    before = tree_bytes(out)
+    with pytest.raises(StorageError, match=r"adapter.safetensors: is not part of a checkpoint"):
+        convert.from_hf(source, out, overwrite=True)
+    assert tree_bytes(out) == before
+    (out / "adapter.safetensors").unlink()
+    convert.from_hf(source, out, overwrite=True)
+    assert verify(source, out).same
+
+
 def test_overwriting_without_an_atomic_swap(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     convert.from_hf(source, tmp_path / "out")
@@ -473,7 +511,7 @@ def test_sigkill_leaves_the_old_state_or_the_new_one(direction: str, larger: Pat
 
 
 def test_a_running_conversion_is_not_swept(larger: Path, tmp_path: Path):
-    with atomic.new_directory(tmp_path / "out", overwrite=False, replaceable=frozenset()) as partial:
+    with atomic.new_directory(tmp_path / "out", overwrite=False, may_go=lambda *_: False) as partial:
         child = spawn("from_hf", larger, tmp_path / "out")
         _, errors = child.communicate()
         assert child.returncode != 0

@@ -1,6 +1,7 @@
 """The bad-input table for a directory: index, shards, links, pickles, and config.json against the headers."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from exaone_jax.checkpoints.directory import INDEX_FILE, SINGLE_FILE, open_hf, s
 from exaone_jax.checkpoints.matching import collapse
 from exaone_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo, write_file
 from exaone_jax.errors import CheckpointError, ConfigError
+from exaone_jax.planning.inspect import inspect_model
 from tests.checkpoints.synthetic import MODELS, exaone, exaone4, exaone_moe, write_checkpoint
 
 SHARDS = ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"]
@@ -274,6 +276,15 @@ def test_layer_types_of_another_length(tmp_path: Path):
 def test_quantised_weights_are_refused(copy: Path):
     edit_config(copy, quantization_config={"quant_method": "fp8"})
     refused(copy, "quantised .quant_method 'fp8'")
+
+
+@pytest.mark.parametrize("value", ["fp8", ["fp8"], False, 8])
+def test_quantization_config_that_is_no_object(copy: Path, value: object):
+    edit_config(copy, quantization_config=value)
+    message = re.escape(f"config.json: quantization_config: found {value!r}, expected an object")
+    refused(copy, message, ConfigError)
+    with pytest.raises(ConfigError, match="quantization_config: found"):
+        inspect_model(copy)
 
 
 def test_no_config(copy: Path):

@@ -147,6 +147,7 @@ def test_a_damaged_chunk_is_found(native: Path, tmp_path: Path, change: str):
     ("file", "text", "message"),
     [
         (MANIFEST, "{", "not valid JSON"),
+        (MANIFEST, "[" * 100_000, "exaone_jax.json: not valid JSON"),
         (MANIFEST, "{}", "not the manifest"),
         (MANIFEST, '{"format": "exaone_jax native checkpoint", "version": 2}', "version 2"),
         (MANIFEST, '{"format": "exaone_jax native checkpoint", "version": 1}', "damaged"),
@@ -179,6 +180,38 @@ def test_source_files_stay_in_the_output(native: Path, tmp_path: Path, name: str
     with pytest.raises(CheckpointError, match=r"exaone_jax.json: .* is not the name of a .safetensors file"):
         convert.to_hf(path, tmp_path / "a" / "b" / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["damaged"]
+
+
+DTYPE = ("dtypes", "norm.scale")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (DTYPE, "BOGUS", "'norm.scale' has unknown dtype 'BOGUS'"),
+        (DTYPE, 5, "dtypes.norm.scale: "),
+        (DTYPE, [], "dtypes.norm.scale: "),
+        (("dtypes",), ["BF16"], "dtypes: "),
+        (("mtp",), "yes", "mtp: "),
+        (("copied",), {"a": 1}, "copied.a: "),
+        (("carried", "x"), {"dtype": "BOGUS", "shape": [1]}, "'x' has unknown dtype"),
+        (("carried", "x"), {"dtype": "BF16", "shape": ["1"]}, "carried.x.shape.0: "),
+        (("carried", "x"), {"dtype": "BF16", "shape": [-1]}, "carried.x.shape.0: "),
+        (("carried", "x"), {"dtype": "BF16", "shape": 1}, "carried.x.shape: "),
+        (("carried", "\x1b[2J\ud800"), 1, r"carried.*: "),
+        (("source",), [], "source: "),
+        (("source", "files", 0), "x", "source.files.0: "),
+        (("source", "files", 0, "size"), "12", "source.files.0.size: "),
+        (("source", "files", 0, "size"), 1.5, "source.files.0.size: "),
+        (("source", "files", 0, "name"), None, "source.files.0.name: "),
+    ],
+)
+def test_damaged_manifest(native: Path, tmp_path: Path, keys: tuple[str | int, ...], value: object, message: str):
+    path = damaged(native, tmp_path)
+    edit_manifest(path, keys, value)
+    with pytest.raises(CheckpointError, match=rf"exaone_jax.json: .*{message}") as raised:
+        NativeDirectory(path)
+    assert str(raised.value).isprintable()
 
 
 def test_config_of_another_model(native: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ from exaone_jax.checkpoints import convert
 from exaone_jax.checkpoints.bits import count_nonfinite
 from exaone_jax.checkpoints.directory import SINGLE_FILE
 from exaone_jax.checkpoints.safetensors import Bits, SafetensorsFile, write_file
-from exaone_jax.checkpoints.verify import verify
+from exaone_jax.checkpoints.verify import TensorDifference, VerifyReport, verify
 from exaone_jax.errors import CheckpointError
 from tests.checkpoints.synthetic import exaone_moe, write_checkpoint
 
@@ -132,6 +132,16 @@ def test_detail(pair: tuple[Path, Path], tmp_path: Path):
     first = report.examples[0]
     assert (first.name, first.first_index, first.b_bits) == (ATTENTION.format(1, "q_proj"), (5, 7), "0x1234")
     assert any("layers.{1...4}.self_attn.q_proj.weight (4)" in line for line in report.lines())
+
+
+def test_names_are_printed_without_control_characters():
+    name = "\x1b]0;owned\x07\ud800\n"
+    report = VerifyReport("a", "b", False, only_in_a=[name], only_in_b=[name], mismatched={name: "x"})
+    report.different, report.nan, report.inf = {name: 1}, {name: 1}, {name: 1}
+    report.examples = [TensorDifference(name, 1, (0,), "0x0", "0x1")]
+    lines = report.lines()
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    assert sum(r"\x1b]0;owned\x07\ud800\n" in line for line in lines) == 6
 
 
 def test_first_difference_across_chunks(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
