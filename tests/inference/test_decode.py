@@ -316,7 +316,7 @@ GOOD = SamplingParams(max_new_tokens=4)
             0,
             "prompt 0 has 1021 tokens and may generate 4 more: 1025 is beyond the context of 1024",
         ),
-        ([[1]], [GOOD], 16, r"drafts must be in \[0, 15\], found 16"),
+        ([[1]], [GOOD], 16, r"drafts must be a whole number in \[0, 15\], found 16"),
         ([[1]], [GOOD], -1, "found -1"),
         ([[1], [1]], [GOOD, GOOD.model_copy(update={"ignore_eos": True})], 0, "ignore_eos"),
     ],

@@ -20,7 +20,7 @@ def test_every_parameter_of_every_published_model_is_split(name: str):
     for path, variable in nnx.to_flat_state(state):
         shape, axes = variable.get_value().shape, variable.get_metadata("axes")
         spec = partition_spec(str(path), shape, axes, MESH)
-        parts = [axis for entry in spec if entry for axis in entry]
+        parts = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
         split = path[-1] in ("kernel", "embedding", "gate_proj", "up_proj", "down_proj", "bias")
         assert bool(parts) == split, (path, spec)
         if "experts" in path:

@@ -281,7 +281,7 @@ def test_wrong_calls_are_named():
         grouped_matmul(lhs, rhs[:, :, :0], sizes)
     with pytest.raises(TypeError, match="int32, found float32"):
         grouped_matmul(lhs, rhs, sizes.astype(jnp.float32))
-    with pytest.raises(TypeError, match="lhs must be float32 or bfloat16, found int32"):
+    with pytest.raises(TypeError, match="lhs must be float32, bfloat16 or float16, found int32"):
         grouped_matmul(lhs.astype(jnp.int32), rhs, sizes)
     with pytest.raises(TypeError, match="preferred_element_type must be"):
         grouped_matmul(lhs, rhs, sizes, preferred_element_type=jnp.int8)
