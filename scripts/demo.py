@@ -80,7 +80,7 @@ FULL = Size(
     row_length=512,
     batch_size=4,
     held_out_rows=64,
-    steps=300,
+    steps=240,
     peak_learning_rate=8e-3,
     new_tokens=128,
 )
@@ -145,7 +145,7 @@ class Report:
 def gather(characters: int) -> Corpus:
     """The standard library's source: every HELD_OUT_EVERY-th file held out, the rest shuffled and cut to a budget."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in python_files(root) if "encodings" not in path.parts]  # tables of characters, not code
+    files = python_files(root)
     held_out = set(files[::HELD_OUT_EVERY]) | {root / PROMPT_FILE}
     train = [path for path in files if path not in held_out]
     random.Random(SEED).shuffle(train)
