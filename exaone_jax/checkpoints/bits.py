@@ -1,4 +1,4 @@
-"""Tensor data as bits: dtypes, transposes, counts of what is not finite.
+"""Tensor data as bits: dtypes, counts of what is not finite.
 
 numpy and eager jax rewrite signalling NaNs of bfloat16 that pass through float arithmetic, so nothing here does that.
 """
@@ -17,7 +17,6 @@ FLOATS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
 }
 _BY_DTYPE = {dtype: name for name, dtype in FLOATS.items()}
-_STRIP = 16  # columns of the source copied at a time: their destination lines stay in the L1 cache
 _MANTISSA = {"BF16": (0x7F80, 0x007F), "F16": (0x7C00, 0x03FF), "F32": (0x7F800000, 0x007FFFFF)}
 
 
@@ -34,19 +33,6 @@ def as_float(bits: Bits, dtype: str) -> NDArray[Any]:
 def as_bits(array: NDArray[Any]) -> Bits:
     """The same memory seen as unsigned integers."""
     return array.view(f"u{array.dtype.itemsize}")
-
-
-def transpose(bits: Bits) -> Bits:
-    """A C-contiguous copy of `bits.T` for `[m, n]`, in strips that fit the cache (3 to 5 times numpy's own speed)."""
-    out = np.empty(bits.shape[::-1], bits.dtype)
-    transpose_into(bits, out)
-    return out
-
-
-def transpose_into(bits: NDArray[Any], out: NDArray[Any]) -> None:
-    """out[...] = bits.T for bits `[m, n]` and out `[n, m]`."""
-    for start in range(0, bits.shape[0], _STRIP):
-        out[:, start : start + _STRIP] = bits[start : start + _STRIP].T
 
 
 def count_nonfinite(bits: Bits, dtype: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from exaone_jax.checkpoints.bits import FLOATS, as_bits, as_float, transpose_into
+from exaone_jax.checkpoints.bits import FLOATS, as_bits, as_float
 from exaone_jax.checkpoints.copying import default_workers
 from exaone_jax.checkpoints.directory import CONFIG_FILE, HFDirectory, open_hf
 from exaone_jax.checkpoints.matching import check_stacks, check_tensors, checked_quantization, without_mtp
@@ -140,7 +140,7 @@ def _assemble(
     for tensor in parameter.tensors:
         if all(part.start <= place < part.stop for part, place in zip(lead, tensor.index, strict=True)):
             slot = out[tuple(at - part.start for at, part in zip(tensor.index, lead, strict=True))]
-            rows, *rest = unit[::-1] if tensor.transpose else unit
+            rows, *rest = unit
             size = rows_per_chunk(tensor.shape, FLOATS[stored].itemsize)
             cuts = [rows.start, *range(rows.start // size * size + size, rows.stop, size), rows.stop]
             blocks += [(tensor, slice(*cut), rest, rows.start, slot) for cut in pairwise(cuts)]
@@ -164,10 +164,7 @@ def _fill(
     bits = checkpoint.read_rows(tensor.name, rows.start, rows.stop)
     block = (bits if same else as_float(bits, stored))[(slice(None), *rest)]
     place = slice(rows.start - first, rows.stop - first)
-    if tensor.transpose:
-        transpose_into(block, target[:, place])
-    else:
-        target[place] = block
+    target[place] = block
 
 
 def _sharded(parameter: Parameter, sharding: jax.sharding.Sharding, read: _Read) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from exaone_jax.checkpoints.bits import FLOATS, as_bits, transpose
+from exaone_jax.checkpoints.bits import FLOATS, as_bits
 from exaone_jax.checkpoints.directory import HFDirectory
 from exaone_jax.checkpoints.matching import table
 from exaone_jax.checkpoints.names import SAFETENSORS_DTYPE, parameters, path_name, tensor_map
@@ -88,11 +88,8 @@ class MemoryTree:
         tensor, info = self._maps[name], self.tensors[name]
         if tensor.carried and self._carried is not None:
             return self._carried.read_rows(name, begin, end)
-        rows = slice(begin, end)
-        where = (slice(None), rows) if tensor.transpose else (rows,)
-        values = _values(self._leaves[path_name(tensor.path)], (*tensor.index, *where))
-        bits = as_bits(values.astype(FLOATS[info.dtype], copy=False))
-        return transpose(bits) if tensor.transpose else np.ascontiguousarray(bits)
+        values = _values(self._leaves[path_name(tensor.path)], (*tensor.index, slice(begin, end)))
+        return as_bits(np.ascontiguousarray(values.astype(FLOATS[info.dtype], copy=False)))
 
     def close(self) -> None:
         if self._carried is not None:

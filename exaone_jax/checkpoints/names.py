@@ -12,7 +12,7 @@ from functools import lru_cache
 from exaone_jax.config.model import LayerSpec, ModelConfig, VisionConfig, layer_plan
 from exaone_jax.errors import ConfigError
 
-ParameterPath = tuple[str | int, ...]  # as in a flat nnx state: ("segments", 0, 3, "attention", "q_proj", "kernel")
+ParameterPath = tuple[str | int, ...]  # as in a flat nnx state: ("segments", 0, 3, "attention", "q_proj", "weight")
 Shape = tuple[int, ...]
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -20,15 +20,15 @@ SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 CARRIED = "carried"  # first path entry of tensors that travel through conversion untouched (4.5's vision tower)
 
 _LLAMA_LIKE = {
-    "attention.q_proj.kernel": "self_attn.q_proj.weight",
-    "attention.k_proj.kernel": "self_attn.k_proj.weight",
-    "attention.v_proj.kernel": "self_attn.v_proj.weight",
-    "attention.o_proj.kernel": "self_attn.o_proj.weight",
+    "attention.q_proj.weight": "self_attn.q_proj.weight",
+    "attention.k_proj.weight": "self_attn.k_proj.weight",
+    "attention.v_proj.weight": "self_attn.v_proj.weight",
+    "attention.o_proj.weight": "self_attn.o_proj.weight",
     "attention.q_norm.scale": "self_attn.q_norm.weight",
     "attention.k_norm.scale": "self_attn.k_norm.weight",
-    "mlp.gate_proj.kernel": "mlp.gate_proj.weight",
-    "mlp.up_proj.kernel": "mlp.up_proj.weight",
-    "mlp.down_proj.kernel": "mlp.down_proj.weight",
+    "mlp.gate_proj.weight": "mlp.gate_proj.weight",
+    "mlp.up_proj.weight": "mlp.up_proj.weight",
+    "mlp.down_proj.weight": "mlp.down_proj.weight",
 }
 _EXAONE4_BLOCK = _LLAMA_LIKE | {
     "post_attention_norm.scale": "post_attention_layernorm.weight",
@@ -37,30 +37,30 @@ _EXAONE4_BLOCK = _LLAMA_LIKE | {
 _EXAONE_MOE_BLOCK = _LLAMA_LIKE | {
     "input_norm.scale": "input_layernorm.weight",
     "mlp_norm.scale": "post_attention_layernorm.weight",  # the name means the opposite of EXAONE 4's
-    "moe.router.kernel": "mlp.gate.weight",
+    "moe.router.weight": "mlp.gate.weight",
     "moe.router.bias": "mlp.e_score_correction_bias",
     "moe.experts.gate_proj": "mlp.experts.{expert}.gate_proj.weight",
     "moe.experts.up_proj": "mlp.experts.{expert}.up_proj.weight",
     "moe.experts.down_proj": "mlp.experts.{expert}.down_proj.weight",
-    "moe.shared.gate_proj.kernel": "mlp.shared_experts.gate_proj.weight",
-    "moe.shared.up_proj.kernel": "mlp.shared_experts.up_proj.weight",
-    "moe.shared.down_proj.kernel": "mlp.shared_experts.down_proj.weight",
+    "moe.shared.gate_proj.weight": "mlp.shared_experts.gate_proj.weight",
+    "moe.shared.up_proj.weight": "mlp.shared_experts.up_proj.weight",
+    "moe.shared.down_proj.weight": "mlp.shared_experts.down_proj.weight",
 }
 _EXAONE_BLOCK = {
     "input_norm.scale": "ln_1.weight",
     "mlp_norm.scale": "ln_2.weight",
-    "attention.q_proj.kernel": "attn.attention.q_proj.weight",
-    "attention.k_proj.kernel": "attn.attention.k_proj.weight",
-    "attention.v_proj.kernel": "attn.attention.v_proj.weight",
-    "attention.o_proj.kernel": "attn.attention.out_proj.weight",
-    "mlp.gate_proj.kernel": "mlp.c_fc_0.weight",
-    "mlp.up_proj.kernel": "mlp.c_fc_1.weight",
-    "mlp.down_proj.kernel": "mlp.c_proj.weight",
+    "attention.q_proj.weight": "attn.attention.q_proj.weight",
+    "attention.k_proj.weight": "attn.attention.k_proj.weight",
+    "attention.v_proj.weight": "attn.attention.v_proj.weight",
+    "attention.o_proj.weight": "attn.attention.out_proj.weight",
+    "mlp.gate_proj.weight": "mlp.c_fc_0.weight",
+    "mlp.up_proj.weight": "mlp.c_fc_1.weight",
+    "mlp.down_proj.weight": "mlp.c_proj.weight",
 }
 _MTP = {
     "mtp.embedding_norm.scale": "mtp.pre_fc_norm_embedding.weight",
     "mtp.hidden_norm.scale": "mtp.pre_fc_norm_hidden.weight",
-    "mtp.fc.kernel": "mtp.fc.weight",
+    "mtp.fc.weight": "mtp.fc.weight",
     "mtp.norm.scale": "mtp.norm.weight",
 }
 MTP_PREFIX = "mtp."
@@ -92,14 +92,12 @@ TABLES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """One Hugging Face tensor and its place: `parameter[path][index] == tensor.T if transpose else tensor`.
+    """One Hugging Face tensor and its place: `parameter[path][index] == tensor`.
 
     Attributes:
         name: Hugging Face tensor name.
         path: of the parameter, as in a flat nnx state.
         index: into the parameter's stacked leading axes: () for none, (r,) in a segment, (r, e) for expert e.
-        transpose: the parameter is `[in, out]` where Hugging Face has `[out, in]`.
-        shape: on the Hugging Face side.
         dtypes: safetensors dtypes the tensor may have.
         keep_float32: a model that is loaded in another dtype keeps this one in float32 (router bias).
     """
@@ -107,7 +105,6 @@ class TensorMap:
     name: str
     path: ParameterPath
     index: tuple[int, ...]
-    transpose: bool
     shape: Shape
     dtypes: tuple[str, ...] = FLOAT_DTYPES
     keep_float32: bool = False
@@ -120,11 +117,6 @@ class TensorMap:
     def size(self) -> int:
         return math.prod(self.shape)
 
-    @property
-    def unit_shape(self) -> Shape:
-        """Shape inside the parameter, after the layout change and without the stacked axes."""
-        return self.shape[::-1] if self.transpose else self.shape
-
 
 @dataclass(frozen=True)
 class Parameter:
@@ -136,7 +128,7 @@ class Parameter:
 
     @property
     def shape(self) -> Shape:
-        return (*self.stacked, *self.tensors[0].unit_shape)
+        return (*self.stacked, *self.tensors[0].shape)
 
     @property
     def keep_float32(self) -> bool:
@@ -160,17 +152,17 @@ def path_name(path: ParameterPath) -> str:
 def _attention_shapes(config: ModelConfig, spec: LayerSpec) -> dict[str, Shape]:
     hidden, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, Shape] = {
-        "attention.q_proj.kernel": (q, hidden),
-        "attention.k_proj.kernel": (kv, hidden),
-        "attention.v_proj.kernel": (kv, hidden),
-        "attention.o_proj.kernel": (hidden, q),
+        "attention.q_proj.weight": (q, hidden),
+        "attention.k_proj.weight": (kv, hidden),
+        "attention.v_proj.weight": (kv, hidden),
+        "attention.o_proj.weight": (hidden, q),
     }
     if spec.qk_norm:
         shapes |= {"attention.q_norm.scale": (config.head_dim,), "attention.k_norm.scale": (config.head_dim,)}
     return shapes
 
 
-def _mlp_shapes(prefix: str, hidden: int, width: int, suffix: str = ".kernel") -> dict[str, Shape]:
+def _mlp_shapes(prefix: str, hidden: int, width: int, suffix: str = ".weight") -> dict[str, Shape]:
     return {
         f"{prefix}.gate_proj{suffix}": (width, hidden),
         f"{prefix}.up_proj{suffix}": (width, hidden),
@@ -182,7 +174,7 @@ def _moe_shapes(config: ModelConfig) -> dict[str, Shape]:
     hidden, moe = config.hidden_size, config.moe
     if moe is None:
         raise ConfigError("a layer is a mixture of experts but the model has no `moe` section")
-    shapes: dict[str, Shape] = {"moe.router.kernel": (moe.num_experts, hidden), "moe.router.bias": (moe.num_experts,)}
+    shapes: dict[str, Shape] = {"moe.router.weight": (moe.num_experts, hidden), "moe.router.bias": (moe.num_experts,)}
     shapes |= _mlp_shapes("moe.experts", hidden, moe.intermediate_size, suffix="")
     if moe.num_shared_experts:
         shapes |= _mlp_shapes("moe.shared", hidden, moe.num_shared_experts * moe.intermediate_size)
@@ -208,14 +200,14 @@ def _block_maps(
             raise ConfigError(
                 f"model_type {config.model_type!r} has no tensor for {parameter}, which layer {prefix!r} needs"
             )
-        full_path, transpose = (*path, *parameter.split(".")), len(shape) == 2
+        full_path = (*path, *parameter.split("."))
         name = prefix + names[parameter]
         if "{expert}" in name and config.moe is not None:
             for expert in range(config.moe.num_experts):
-                yield TensorMap(name.format(expert=expert), full_path, (repeat, expert), transpose, shape)
+                yield TensorMap(name.format(expert=expert), full_path, (repeat, expert), shape)
         else:
             keep = parameter == "moe.router.bias"
-            yield TensorMap(name, full_path, (repeat,), transpose, shape, keep_float32=keep)
+            yield TensorMap(name, full_path, (repeat,), shape, keep_float32=keep)
 
 
 def _layer_maps(config: ModelConfig) -> Iterable[TensorMap]:
@@ -231,8 +223,8 @@ def _layer_maps(config: ModelConfig) -> Iterable[TensorMap]:
 def _mtp_maps(config: ModelConfig, spec: LayerSpec) -> Iterable[TensorMap]:
     hidden = config.hidden_size
     for parameter, name in _MTP.items():
-        shape = (hidden, 2 * hidden) if parameter == "mtp.fc.kernel" else (hidden,)
-        yield TensorMap(name, tuple(parameter.split(".")), (), len(shape) == 2, shape)
+        shape = (hidden, 2 * hidden) if parameter == "mtp.fc.weight" else (hidden,)
+        yield TensorMap(name, tuple(parameter.split(".")), (), shape)
     yield from _block_maps(config, spec, f"{MTP_PREFIX}layers.0.", ("mtp", "block"), 0)
 
 
@@ -274,15 +266,15 @@ def tensor_map(config: ModelConfig) -> tuple[TensorMap, ...]:
         ConfigError: a layer needs a tensor that the model_type has no name for (an MoE layer in `exaone4`, say).
     """
     table, vocab = TABLES[config.model_type], (config.vocab_size, config.hidden_size)
-    maps = [TensorMap(table.embedding, ("embed", "embedding"), (), False, vocab), *_layer_maps(config)]
-    maps.append(TensorMap(table.norm, ("norm", "scale"), (), False, (config.hidden_size,)))
+    maps = [TensorMap(table.embedding, ("embed", "embedding"), (), vocab), *_layer_maps(config)]
+    maps.append(TensorMap(table.norm, ("norm", "scale"), (), (config.hidden_size,)))
     if not config.tie_word_embeddings:
-        maps.append(TensorMap(table.lm_head, ("lm_head", "kernel"), (), True, vocab))
+        maps.append(TensorMap(table.lm_head, ("lm_head", "weight"), (), vocab))
     if config.mtp_layer is not None:
         maps.extend(_mtp_maps(config, config.mtp_layer))
     if config.vision is not None:
         visual = vision_shapes(config.vision)
-        maps.extend(TensorMap(name, (CARRIED, name), (), False, shape) for name, shape in visual.items())
+        maps.extend(TensorMap(name, (CARRIED, name), (), shape) for name, shape in visual.items())
     return tuple(maps)
 
 

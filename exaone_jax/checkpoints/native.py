@@ -3,7 +3,7 @@
 <checkpoint>/
   exaone_jax.json   manifest, written last
   params/           an Orbax PyTree checkpoint: one zarr3 array a parameter, one chunk a layer or expert,
-                        its bytes in Hugging Face's order (transpose codec), crc32c on data
+                        crc32c on data
   carried/          zarr3 arrays of tensors that are kept as they are (vision tower)
   source/           headers and index of the Hugging Face files it came from, verbatim
   config.json, tokenizer.json, ...   byte copies
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from exaone_jax.checkpoints.atomic import storage_errors, write_new
 from exaone_jax.checkpoints.bits import as_bits
 from exaone_jax.checkpoints.directory import CONFIG_FILE, is_shard_name
-from exaone_jax.checkpoints.names import Parameter, ParameterPath, TensorMap, parameters, path_name, tensor_map
+from exaone_jax.checkpoints.names import Parameter, ParameterPath, parameters, path_name, tensor_map
 from exaone_jax.checkpoints.safetensors import DTYPE_BITS, Bits, TensorInfo
 from exaone_jax.config.hf import read_config
 from exaone_jax.config.model import ModelConfig
@@ -37,9 +37,8 @@ MANIFEST = "exaone_jax.json"
 PARAMS, CARRIED_FOLDER, SOURCE = "params", "carried", "source"
 RESERVED = frozenset({MANIFEST, PARAMS, CARRIED_FOLDER, SOURCE})
 FORMAT, VERSION = "exaone_jax native checkpoint", 1
-CHUNK_BYTES = (
-    16 << 20
-)  # a larger tensor is cut into several chunks: bounds memory, and malloc reuses blocks of this size
+# A larger tensor is cut into several chunks: that bounds memory, and malloc reuses blocks of this size.
+CHUNK_BYTES = 16 << 20
 _ZARR_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"} | {
     "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64",
     "I64": "int64", "BOOL": "uint8", "F8_E4M3": "uint8", "F8_E5M2": "uint8", "F8_E8M0": "uint8",
@@ -100,20 +99,12 @@ def rows_per_chunk(shape: tuple[int, ...], itemsize: int) -> int:
     return max(1, -(-rows // even))
 
 
-def unit_chunk(tensor: TensorMap, itemsize: int) -> tuple[int, ...]:
-    """The chunk inside a parameter that holds `rows_per_chunk` rows of the Hugging Face tensor."""
-    rows = rows_per_chunk(tensor.shape, itemsize)
-    if tensor.transpose:
-        return (tensor.shape[1], rows)
-    return (rows, *tensor.shape[1:])
+def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The chunk of a tensor of this shape: `rows_per_chunk` of its rows, whole."""
+    return (rows_per_chunk(shape, itemsize), *shape[1:]) if shape else ()
 
 
-def _array_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, transpose: bool) -> dict[str, Any]:
-    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    if transpose:
-        # The bytes of a chunk stay as Hugging Face has them, [out, in]; whoever reads the array sees [in, out].
-        last = len(shape) - 1
-        codecs.insert(0, {"name": "transpose", "configuration": {"order": [*range(last - 1), last, last - 1]}})
+def _array_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str) -> dict[str, Any]:
     return {
         "shape": list(shape),
         "data_type": _ZARR_DTYPE[dtype],
@@ -121,7 +112,7 @@ def _array_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, 
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
         # c.0.5.0.0 and not c/0/5/0/0: no two folders of its own for every expert
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "codecs": codecs,
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
     }
 
 
@@ -195,15 +186,15 @@ class NativeWriter:
     def _create_parameter(self, parameter: Parameter) -> None:
         name = path_name(parameter.path)
         dtype, first = self.manifest.dtypes[name], parameter.tensors[0]
-        chunk = (*(1 for _ in parameter.stacked), *unit_chunk(first, DTYPE_BITS[dtype] // 8))
-        metadata = _array_metadata(parameter.shape, chunk, dtype, first.transpose)
+        chunk = (*(1 for _ in parameter.stacked), *chunk_shape(first.shape, DTYPE_BITS[dtype] // 8))
+        metadata = _array_metadata(parameter.shape, chunk, dtype)
         self._arrays[name] = _open_array(self.root / PARAMS / name, self._context, metadata)
 
     def _create_carried(self, name: str, info: TensorInfo) -> None:
         if not info.nbytes:
             return
-        chunk = (rows_per_chunk(info.shape, DTYPE_BITS[info.dtype] // 8), *info.shape[1:]) if info.shape else ()
-        metadata = _array_metadata(info.shape, chunk, info.dtype, False)
+        chunk = chunk_shape(info.shape, DTYPE_BITS[info.dtype] // 8)
+        metadata = _array_metadata(info.shape, chunk, info.dtype)
         self._arrays[name] = _open_array(self.root / CARRIED_FOLDER / name, self._context, metadata)
 
     def write_rows(self, name: str, begin: int, end: int, bits: Bits) -> None:
@@ -211,15 +202,12 @@ class NativeWriter:
         tensor = self._maps.get(name)
         if tensor is None:
             array = self._arrays[name]
-            target, data = (array[begin:end] if array.ndim else array), bits
+            target = array[begin:end] if array.ndim else array
         else:
             array = self._arrays[path_name(tensor.path)]
-            where = (slice(None), slice(begin, end)) if tensor.transpose else (slice(begin, end),)
-            target, data = array[(*tensor.index, *where)], bits
+            target = array[(*tensor.index, slice(begin, end))]
         with _writing(self.root):
-            typed = data.view(array.dtype.numpy_dtype)
-            if tensor is not None and tensor.transpose:
-                typed = typed.T
+            typed = bits.view(array.dtype.numpy_dtype)
             target.write(typed, can_reference_source_data_indefinitely=True).result()
 
     def finish(self) -> None:
@@ -314,9 +302,7 @@ class NativeDirectory:
             )
         array = self._arrays[path_name(tensor.path)]
         rows = slice(begin, tensor.shape[0] if end is None else end)
-        where = (slice(None), rows) if tensor.transpose else (rows,)
-        view = array[(*tensor.index, *where)]
-        return as_bits(self._read(view.T if tensor.transpose else view, name))
+        return as_bits(self._read(array[(*tensor.index, rows)], name))
 
     def close(self) -> None:
         self._arrays.clear()

@@ -127,10 +127,10 @@ class Attention(nnx.Module):
 
     def __init__(self, make: ParamFactory, config: ModelConfig, spec: LayerSpec):
         size, head_dim = config.hidden_size, config.head_dim
-        self.q_proj = Linear(make, size, config.num_heads * head_dim, ("embed", "heads"))
-        self.k_proj = Linear(make, size, config.num_kv_heads * head_dim, ("embed", "kv_heads"))
-        self.v_proj = Linear(make, size, config.num_kv_heads * head_dim, ("embed", "kv_heads"))
-        self.o_proj = Linear(make, config.num_heads * head_dim, size, ("heads", "embed"))
+        self.q_proj = Linear(make, size, config.num_heads * head_dim, ("heads", "embed"))
+        self.k_proj = Linear(make, size, config.num_kv_heads * head_dim, ("kv_heads", "embed"))
+        self.v_proj = Linear(make, size, config.num_kv_heads * head_dim, ("kv_heads", "embed"))
+        self.o_proj = Linear(make, config.num_heads * head_dim, size, ("embed", "heads"))
         if spec.qk_norm:
             self.q_norm = RMSNorm(make, head_dim, config.rms_norm_eps, "head_dim")
             self.k_norm = RMSNorm(make, head_dim, config.rms_norm_eps, "head_dim")

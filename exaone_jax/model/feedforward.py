@@ -18,9 +18,9 @@ class MLP(nnx.Module):
     """down(swiglu(gate(x), up(x))), x `[..., D]`."""
 
     def __init__(self, make: ParamFactory, size: int, hidden: int, limit: float | None):
-        self.gate_proj = Linear(make, size, hidden, ("embed", "mlp"))
-        self.up_proj = Linear(make, size, hidden, ("embed", "mlp"))
-        self.down_proj = Linear(make, hidden, size, ("mlp", "embed"))
+        self.gate_proj = Linear(make, size, hidden, ("mlp", "embed"))
+        self.up_proj = Linear(make, size, hidden, ("mlp", "embed"))
+        self.down_proj = Linear(make, hidden, size, ("embed", "mlp"))
         self.limit = limit
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Parameters with logical axes, and the linear layer."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -52,42 +54,57 @@ def _contract(x: jax.Array, y: jax.Array, x_axes: tuple[int, ...], y_axes: tuple
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x `[..., in]` times kernel `[in, out]` in x's dtype with float32 accumulation.
+# Up to this many rows a CPU gets the product the other way round.
+_FEW_ROWS = 128
 
-    The kernel may be wider than x (float32 master weights under bfloat16 compute): its gradient keeps the kernel's
-        dtype
+
+@jax.custom_vjp
+def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x `[..., in]` times the transpose of weight `[out, in]` -> `[..., out]` in x's dtype, accumulated in float32.
+
+    The weight may be wider than x (float32 master weights under bfloat16 compute): its gradient keeps the weight's dtype
     and is not rounded to x's on the way.
     """
-    kernel = kernel.astype(x.dtype)
-    if x.size == x.shape[-1]:
-        # XLA:CPU's matrix-vector path is up to 40 times slower than two rows; elsewhere rows are padded to a tile
-        # anyway.
-        pair = _contract(jnp.stack([x.reshape(-1)] * 2), kernel, (1,), (0,))
-        return pair[0].reshape(*x.shape[:-1], kernel.shape[-1]).astype(x.dtype)
-    return _contract(x, kernel, (x.ndim - 1,), (0,)).astype(x.dtype)
+    weight = weight.astype(x.dtype)
+    if math.prod(x.shape[:-1]) <= _FEW_ROWS:
+        return jax.lax.platform_dependent(x, weight, cpu=_weight_first, default=_rows_first)
+    return _rows_first(x, weight)
 
 
-def _dot_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return dot(x, kernel), (x, kernel)
+def _rows_first(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return _contract(x, weight, (x.ndim - 1,), (1,)).astype(x.dtype)
+
+
+def _weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """XLA:CPU streams the left side of a product at memory speed; as the right side a weight takes 5 to 10 times longer."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if count == 1:  # a product with one row becomes a loop, at a third of the speed
+        rows = jnp.concatenate([rows, rows])
+    out = _contract(weight, rows, (1,), (1,)).astype(x.dtype)
+    # Without the barrier XLA folds the transpose into the product and puts the rows first again.
+    return jax.lax.optimization_barrier(out).T[:count].reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _dot_fwd(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return dot(x, weight), (x, weight)
 
 
 def _dot_bwd(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
+    x, weight = saved
     rows = tuple(range(x.ndim - 1))
-    dx = _contract(grad, kernel.astype(x.dtype), (grad.ndim - 1,), (1,)).astype(x.dtype)
-    return dx, _contract(x, grad, rows, rows).astype(kernel.dtype)
+    dx = _contract(grad, weight.astype(x.dtype), (grad.ndim - 1,), (0,)).astype(x.dtype)
+    return dx, _contract(grad, x, rows, rows).astype(weight.dtype)
 
 
 dot.defvjp(_dot_fwd, _dot_bwd)
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel, without bias: no EXAONE language model has one. kernel `[in, out]`."""
+    """y = x @ weight.T, without bias: no EXAONE language model has one. weight `[out, in]`, as Hugging Face has it."""
 
     def __init__(self, make: ParamFactory, features_in: int, features_out: int, axes: Axes):
-        self.kernel = make.normal((features_in, features_out), axes)
+        self.weight = make.normal((features_out, features_in), axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return dot(x, self.kernel[...])
+        return dot(x, self.weight[...])

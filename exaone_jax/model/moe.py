@@ -8,7 +8,7 @@ from flax import nnx
 
 from exaone_jax.config.model import LayerSpec, ModelConfig, MoEConfig
 from exaone_jax.model.feedforward import MLP, swiglu
-from exaone_jax.model.linear import ParamFactory
+from exaone_jax.model.linear import ParamFactory, dot
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
@@ -72,29 +72,28 @@ class Router(nnx.Module):
     """Logits of the experts in float32, whatever the activations are."""
 
     def __init__(self, make: ParamFactory, size: int, num_experts: int):
-        self.kernel = make.normal((size, num_experts), ("embed", "experts"))
+        self.weight = make.normal((num_experts, size), ("experts", "embed"))
         self.bias = make.router_bias(num_experts)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(jnp.float32)
-        return jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+        return dot(x.astype(jnp.float32), self.weight[...])
 
 
 class Experts(nnx.Module):
-    """SwiGLU experts, each over its own tokens."""
+    """SwiGLU experts, each over its own tokens; weights `[E, out, in]`."""
 
     def __init__(self, make: ParamFactory, size: int, moe: MoEConfig, limit: float | None):
-        up, down = (moe.num_experts, size, moe.intermediate_size), (moe.num_experts, moe.intermediate_size, size)
-        self.gate_proj = make.normal(up, ("experts", "embed", "expert_mlp"))
-        self.up_proj = make.normal(up, ("experts", "embed", "expert_mlp"))
-        self.down_proj = make.normal(down, ("experts", "expert_mlp", "embed"))
+        up, down = (moe.num_experts, moe.intermediate_size, size), (moe.num_experts, size, moe.intermediate_size)
+        self.gate_proj = make.normal(up, ("experts", "expert_mlp", "embed"))
+        self.up_proj = make.normal(up, ("experts", "expert_mlp", "embed"))
+        self.down_proj = make.normal(down, ("experts", "embed", "expert_mlp"))
         self.limit = limit
 
     def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """x `[M, D]` sorted by expert, group_sizes int32 `[E]` -> `[M, D]`."""
 
-        def product(rows: jax.Array, kernel: nnx.Param[jax.Array]) -> jax.Array:
-            return grouped_matmul(rows, kernel[...].astype(rows.dtype), group_sizes)
+        def product(rows: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
+            return grouped_matmul(rows, weight[...].astype(rows.dtype), group_sizes, transpose_rhs=True)
 
         hidden = swiglu(product(x, self.gate_proj), product(x, self.up_proj), self.limit)
         return product(hidden, self.down_proj)

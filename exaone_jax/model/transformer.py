@@ -43,7 +43,7 @@ class MTP(nnx.Module):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embedding_norm = RMSNorm(make, size, eps, "norm")
         self.hidden_norm = RMSNorm(make, size, eps, "norm")
-        self.fc = Linear(make, 2 * size, size, ("mtp_in", "embed"))
+        self.fc = Linear(make, 2 * size, size, ("embed", "mtp_in"))
         self.block = Block(make.stacked(plan.repeats), config, plan.pattern[0])
         self.norm = RMSNorm(make, size, eps, "norm")
 
@@ -93,7 +93,7 @@ class Transformer(nnx.Module):
         )
         self.norm = RMSNorm(make, config.hidden_size, config.rms_norm_eps, "norm")
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(make, config.hidden_size, config.vocab_size, ("embed", "vocab"))
+            self.lm_head = Linear(make, config.hidden_size, config.vocab_size, ("vocab", "embed"))
         if config.mtp_layer is not None:
             self.mtp = MTP(make, config, self._mtp_plan)
 
@@ -137,11 +137,11 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits float32 `[..., V]` of hidden states `[..., D]` after the final norm."""
-        return dot(hidden, self.head_kernel()).astype(jnp.float32)
+        return dot(hidden, self.head_weight()).astype(jnp.float32)
 
-    def head_kernel(self) -> jax.Array:
-        """The output projection `[D, V]`."""
-        return self.embed.embedding[...].T if self.config.tie_word_embeddings else self.lm_head.kernel[...]
+    def head_weight(self) -> jax.Array:
+        """The output projection `[V, D]`; of tied models the embedding."""
+        return self.embed.embedding[...] if self.config.tie_word_embeddings else self.lm_head.weight[...]
 
     def init_cache(self, batch: int, capacity: int, chunk: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` positions, at most `chunk` of them a step."""

@@ -72,9 +72,9 @@ def targets(batch: PackedRows, ahead: int) -> Targets:
 
 def token_loss(model: Transformer, hidden: jax.Array, to: Targets, z_loss: float = 0.0) -> TokenLoss:
     """Cross-entropy of the targets under hidden states `[B, T, D]` (after the final norm); no logits are kept."""
-    kernel = model.head_kernel().astype(hidden.dtype)
+    weight = model.head_weight().astype(hidden.dtype)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    losses, _ = linear_cross_entropy(rows, kernel, to.labels.reshape(-1), mask=to.mask.reshape(-1), z_loss=z_loss)
+    losses, _ = linear_cross_entropy(rows, weight, to.labels.reshape(-1), mask=to.mask.reshape(-1), z_loss=z_loss)
     return TokenLoss(jnp.sum(losses), jnp.sum(to.mask, dtype=jnp.float32))
 
 

@@ -95,35 +95,34 @@ def muon(
 
 def decays(params: Tree) -> Tree:
     """For each parameter whether weight decay applies: to matrices, but not to the embedding `[V, D]`."""
-    return _each(params, lambda axes: len(_unstacked(axes)) == 2 and axes[0] != "vocab")
+    return _each(params, lambda name, axes: _is_matrix(axes) and name != "embedding")
 
 
 def _labels(params: Tree) -> Tree:
-    return _each(params, lambda axes: "muon" if len(_unstacked(axes)) == 2 and "vocab" not in axes else "adamw")
+    return _each(params, lambda _, axes: "muon" if _is_matrix(axes) and "vocab" not in axes else "adamw")
 
 
 def _dimensions(params: Tree) -> Tree:
-    """The axes of a matrix product, for parameters `[..., in, out]`."""
-    return _each(params, lambda axes: contrib.MuonDimensionNumbers(len(axes) - 2, len(axes) - 1))
+    """The axes of a matrix product, for parameters `[..., out, in]`."""
+    return _each(params, lambda _, axes: contrib.MuonDimensionNumbers(len(axes) - 1, len(axes) - 2))
 
 
 def _scaled_like_adamw(updates: Tree, params: Tree) -> Tree:
-    """An orthogonal matrix `[in, out]` has root mean square 1 / sqrt(max(in, out))."""
+    """An orthogonal matrix `[out, in]` has root mean square 1 / sqrt(max(out, in))."""
     del params
     return jax.tree.map(lambda update: 0.2 * math.sqrt(max(update.shape[-2:])) * update, updates)
 
 
-def _unstacked(axes: Axes) -> Axes:
-    """Axes of one layer's and one expert's part of a parameter."""
-    axes = axes[1:] if axes[0] == "layers" else axes
-    return axes[1:] if axes[0] == "experts" else axes
+def _is_matrix(axes: Axes) -> bool:
+    """Whether a parameter is a matrix `[out, in]`, or a stack of matrices of layers or of layers' experts."""
+    return len(axes) - (axes[0] == "layers") >= 2
 
 
-def _each(params: Tree, rule: Callable[[Axes], Any]) -> Tree:
-    """`rule` of the logical axes of each parameter, in its place; where optax has masked the value out it stays so."""
+def _each(params: Tree, rule: Callable[[str, Axes], Any]) -> Tree:
+    """`rule` of name and logical axes of each parameter, in its place; where optax masked the value out it stays so."""
 
-    def apply(variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
-        found = rule(variable.get_metadata("axes"))
+    def apply(path: jax.tree_util.KeyPath, variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+        found = rule(jax.tree_util.keystr(path[-1:], simple=True), variable.get_metadata("axes"))
         return jax.tree.map(lambda _: found, variable)
 
-    return jax.tree.map(apply, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(apply, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

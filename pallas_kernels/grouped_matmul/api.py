@@ -15,11 +15,12 @@ def grouped_matmul(
     rhs: jax.Array,
     group_sizes: jax.Array,
     *,
+    transpose_rhs: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
     preferred_element_type: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    """out[m] = lhs[m] @ rhs[g], where g is the group that row m belongs to.
+    """out[m] = lhs[m] @ rhs[g], where g is the group that row m belongs to; rhs[g].T with transpose_rhs.
 
     The first group_sizes[0] rows belong to group 0, the next group_sizes[1] to group 1, and so on. Rows past
     sum(group_sizes) belong to none: they give zeros and get zero gradients. What such rows hold, and what the rhs of
@@ -31,9 +32,10 @@ def grouped_matmul(
 
     Args:
       lhs: `[M, K]` float32, bfloat16 or float16. M may be 0.
-      rhs: `[G, K, N]` float32, bfloat16 or float16.
+      rhs: `[G, K, N]` float32, bfloat16 or float16; `[G, N, K]` with transpose_rhs, as checkpoints have weights.
       group_sizes: `[G]` int32, each >= 0, summing to at most M. The values may be traced, so they are not checked: a
         negative one counts as 0, and what reaches past row M is cut off.
+      transpose_rhs: whether rhs is `[G, N, K]`.
       implementation: "reference", "xla", "tpu" (megablox), "gpu", or None to choose.
       interpret: run a Pallas implementation in the interpreter; the others ignore it.
       preferred_element_type: dtype of the result; lhs's by default.
@@ -46,14 +48,14 @@ def grouped_matmul(
       ValueError: shapes that do not fit, or an unknown implementation.
       NotImplementedError: the named implementation cannot serve this call.
     """
-    name = _chosen(lhs, rhs, group_sizes, implementation, interpret, preferred_element_type)
+    name = _chosen(lhs, rhs, group_sizes, transpose_rhs, implementation, interpret, preferred_element_type)
     out_dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
     if lhs.shape[0] == 0:
-        return jnp.zeros((0, rhs.shape[2]), out_dtype)
+        return jnp.zeros((0, rhs.shape[1 if transpose_rhs else 2]), out_dtype)
     if name == "tpu":
-        return tpu.grouped_matmul(lhs, rhs, group_sizes, out_dtype, interpret)
+        return tpu.grouped_matmul(lhs, rhs, group_sizes, transpose_rhs, out_dtype, interpret)
     run = reference.grouped_matmul if name == "reference" else xla.grouped_matmul
-    return run(lhs, rhs, group_sizes, out_dtype)
+    return run(lhs, rhs, group_sizes, transpose_rhs, out_dtype)
 
 
 def choose_implementation(
@@ -61,23 +63,25 @@ def choose_implementation(
     rhs: jax.Array,
     group_sizes: jax.Array,
     *,
+    transpose_rhs: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
     preferred_element_type: jax.typing.DTypeLike | None = None,
 ) -> str:
     """The name of the implementation that `grouped_matmul` would run; the same arguments and errors."""
-    return _chosen(lhs, rhs, group_sizes, implementation, interpret, preferred_element_type)
+    return _chosen(lhs, rhs, group_sizes, transpose_rhs, implementation, interpret, preferred_element_type)
 
 
 def _chosen(
     lhs: jax.Array,
     rhs: jax.Array,
     group_sizes: jax.Array,
+    transpose_rhs: bool,
     implementation: str | None,
     interpret: bool,
     preferred_element_type: jax.typing.DTypeLike | None,
 ) -> str:
-    _check(lhs, rhs, group_sizes, preferred_element_type)
+    _check(lhs, rhs, group_sizes, transpose_rhs, preferred_element_type)
     reasons = {
         "reference": None,
         "xla": None,
@@ -87,13 +91,20 @@ def _chosen(
     return choose("grouped_matmul", implementation, reasons, order=_ORDER)
 
 
-def _check(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, preferred: jax.typing.DTypeLike | None) -> None:
+def _check(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    transpose_rhs: bool,
+    preferred: jax.typing.DTypeLike | None,
+) -> None:
     if lhs.ndim != 2 or rhs.ndim != 3 or group_sizes.ndim != 1:
+        expected = "[G, N, K]" if transpose_rhs else "[G, K, N]"
         raise ValueError(
-            "grouped_matmul: expected lhs [M, K], rhs [G, K, N], group_sizes [G]; "
+            f"grouped_matmul: expected lhs [M, K], rhs {expected}, group_sizes [G]; "
             f"found {lhs.shape}, {rhs.shape}, {group_sizes.shape}"
         )
-    if lhs.shape[1] != rhs.shape[1]:
+    if lhs.shape[1] != rhs.shape[2 if transpose_rhs else 1]:
         raise ValueError(f"grouped_matmul: lhs {lhs.shape} and rhs {rhs.shape} differ in K")
     if rhs.shape[0] != group_sizes.shape[0]:
         raise ValueError(f"grouped_matmul: rhs has {rhs.shape[0]} groups, group_sizes {group_sizes.shape[0]}")

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 
 
-def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """lhs `[M, K]`, rhs `[G, K, N]`, group_sizes int32 `[G]` -> `[M, N]`; G times the work it needs."""
+def grouped_matmul(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool, out_dtype: jnp.dtype
+) -> jax.Array:
+    """lhs `[M, K]`, rhs `[G, K, N]` or `[G, N, K]`, group_sizes int32 `[G]` -> `[M, N]`; G times the work it needs."""
+    rhs = jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs
     ends = jnp.cumsum(jnp.maximum(group_sizes, 0))
     starts = ends - jnp.maximum(group_sizes, 0)
     rows = jnp.arange(lhs.shape[0])

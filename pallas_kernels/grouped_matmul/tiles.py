@@ -20,6 +20,7 @@ _BATCH = 4
 _TILE_OVERHEAD = 40
 _HEAD_OVERHEAD = 24
 _LARGEST_HEAD = 64
+_FEW_ROWS = 128
 # Below this much arithmetic (about 0.1 ms, what the loops' steps cost) and this many weights every group takes every row:
 # then no loop is compiled either, which takes a second or two of each program.
 _SMALL_FLOPS = 32_000_000
@@ -52,7 +53,7 @@ class Batch(NamedTuple):
 
 
 def product(x: jax.Array, rhs: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype, transposed: bool) -> jax.Array:
-    """x `[M, K]` times rhs `[G, K, N]` -> `[M, N]`; transposed: x `[M, N]` times the transposes -> `[M, K]`."""
+    """x `[M, K]` times rhs `[G, K, N]` or, transposed, `[G, N, K]` -> `[M, N]`."""
     if (num_rows := x.shape[0]) < _SIZES[0]:
         x = jnp.pad(x, ((0, _SIZES[0] - num_rows), (0, 0)))
     spans = _spans(sizes)
@@ -73,18 +74,18 @@ def product(x: jax.Array, rhs: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dt
     return out[:num_rows].astype(out_dtype)
 
 
-def outer(lhs: jax.Array, grad: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
-    """out[g] = lhs[rows of g]^T @ grad[rows of g]: lhs `[M, K]`, grad `[M, N]` -> `[G, K, N]`, summed in float32."""
-    if (num_rows := lhs.shape[0]) < _SIZES[0]:
-        lhs, grad = (jnp.pad(a, ((0, _SIZES[0] - num_rows), (0, 0))) for a in (lhs, grad))
+def outer(left: jax.Array, right: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
+    """out[g] = left[rows of g]^T @ right[rows of g]: left `[M, A]`, right `[M, B]` -> `[G, A, B]`, summed in float32."""
+    if (num_rows := left.shape[0]) < _SIZES[0]:
+        left, right = (jnp.pad(a, ((0, _SIZES[0] - num_rows), (0, 0))) for a in (left, right))
     spans = _spans(sizes)
-    head = _head_size(lhs.shape[0], (sizes.shape[0], lhs.shape[1], grad.shape[1]))
-    start, mine = _head_rows(spans, head, lhs.shape[0])
+    head = _head_size(left.shape[0], (sizes.shape[0], left.shape[1], right.shape[1]))
+    start, mine = _head_rows(spans, head, left.shape[0])
     rows = start[:, None] + jnp.arange(head)
-    out = _outer_batch(_take(lhs, rows), _take(grad, rows), mine)
-    if head < lhs.shape[0]:
-        for level in _levels(_after_heads(spans, head), lhs.shape[0]):
-            out = _add_outers(out, lhs, grad, level)
+    out = _outer_batch(_take(left, rows), _take(right, rows), mine)
+    if head < left.shape[0]:
+        for level in _levels(_after_heads(spans, head), left.shape[0]):
+            out = _add_outers(out, left, right, level)
     return out.astype(out_dtype)
 
 
@@ -98,6 +99,15 @@ def _take(a: jax.Array, index: jax.Array) -> jax.Array:
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), _BATCHED), preferred_element_type=jnp.float32)
+
+
+def _times(x: jax.Array, matrices: jax.Array, transposed: bool) -> jax.Array:
+    """x `[B, R, K]` times matrices `[B, K, N]` or, transposed, `[B, N, K]` -> float32 `[B, R, N]`."""
+    if transposed and x.shape[1] <= _FEW_ROWS:
+        # As the left side they are streamed, where XLA:CPU would first transpose the right side. Without the barrier it
+        # folds the transpose of the result into the product and has the rows on the left again.
+        return jnp.swapaxes(lax.optimization_barrier(_dot(matrices, x, 2, 2)), 1, 2)
+    return _dot(x, matrices, 2, 2 if transposed else 1)
 
 
 # Heads.
@@ -134,7 +144,7 @@ def _head_product(x: jax.Array, rhs: jax.Array, spans: Spans, head: int, transpo
     num_groups, num_rows = rhs.shape[0], x.shape[0]
     start, _ = _head_rows(spans, head, num_rows)
     heads = _take(x, start[:, None] + jnp.arange(head))
-    y = _dot(heads, rhs.astype(x.dtype), 2, 2 if transposed else 1)
+    y = _times(heads, rhs.astype(x.dtype), transposed)
     row, ends = jnp.arange(num_rows), spans.begin + spans.length
     group = jnp.minimum(jnp.sum(ends <= row[:, None], axis=1), num_groups - 1)
     place = jnp.clip(row - start[group], 0, head - 1)
@@ -195,7 +205,7 @@ def _add_products(out: jax.Array, x: jax.Array, rhs: jax.Array, level: Level, tr
         # Without the barrier XLA:CPU moves a conversion of the whole rhs (bfloat16 to float32) out of the loop.
         all_kernels, group = lax.optimization_barrier((rhs, batch.group))
         kernels = _take(all_kernels, group).astype(x.dtype)
-        y = _dot(_rows(x, batch, level.size), kernels, 2, 2 if transposed else 1)
+        y = _times(_rows(x, batch, level.size), kernels, transposed)
         for tile in range(_BATCH):
             old = lax.dynamic_slice_in_dim(out, batch.start[tile], level.size)
             new = jnp.where(batch.mine[tile][:, None], y[tile], old)
@@ -205,17 +215,17 @@ def _add_products(out: jax.Array, x: jax.Array, rhs: jax.Array, level: Level, tr
     return lax.fori_loop(0, _steps(level), step, out)
 
 
-def _outer_batch(lhs: jax.Array, grad: jax.Array, mine: jax.Array) -> jax.Array:
-    """`[B, R, K]`, `[B, R, N]`, mine `[B, R]` -> float32 `[B, K, N]`. Both sides are masked: 0 * NaN is NaN."""
-    lhs, grad = (jnp.where(mine[..., None], a, 0) for a in (lhs, grad))
+def _outer_batch(left: jax.Array, right: jax.Array, mine: jax.Array) -> jax.Array:
+    """`[B, R, I]`, `[B, R, J]`, mine `[B, R]` -> float32 `[B, I, J]`. Both sides are masked: 0 * NaN is NaN."""
+    left, right = (jnp.where(mine[..., None], a, 0) for a in (left, right))
     # Few rows are transposed faster here than inside XLA:CPU's product.
-    return _dot(lax.optimization_barrier(jnp.swapaxes(lhs, 1, 2)), grad, 2, 1)
+    return _dot(lax.optimization_barrier(jnp.swapaxes(left, 1, 2)), right, 2, 1)
 
 
-def _add_outers(out: jax.Array, lhs: jax.Array, grad: jax.Array, level: Level) -> jax.Array:
+def _add_outers(out: jax.Array, left: jax.Array, right: jax.Array, level: Level) -> jax.Array:
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
-        batch = _batch(level, i * _BATCH, lhs.shape[0])
-        y = _outer_batch(_rows(lhs, batch, level.size), _rows(grad, batch, level.size), batch.mine)
+        batch = _batch(level, i * _BATCH, left.shape[0])
+        y = _outer_batch(_rows(left, batch, level.size), _rows(right, batch, level.size), batch.mine)
         for tile in range(_BATCH):
             old = lax.dynamic_index_in_dim(out, batch.group[tile], keepdims=False)
             out = lax.dynamic_update_index_in_dim(out, old + y[tile], batch.group[tile], 0)

@@ -15,18 +15,25 @@ def unsupported(lhs: jax.Array, rhs: jax.Array, interpret: bool) -> str | None:
         return f"megablox needs a TPU or interpret=True, and the backend is {jax.default_backend()!r}"
     if lhs.dtype != jnp.bfloat16 or rhs.dtype != jnp.bfloat16:
         return f"megablox multiplies in the MXU's bfloat16, and lhs, rhs are {lhs.dtype}, {rhs.dtype}"
-    (num_rows, k), n = lhs.shape, rhs.shape[2]
-    if num_rows % _TILE or k % _TILE or n % _TILE:
-        return f"megablox needs M, K and N to be multiples of {_TILE}, found M={num_rows}, K={k}, N={n}"
+    if any(size % _TILE for size in (*lhs.shape, *rhs.shape[1:])):
+        return f"megablox needs M, K and N to be multiples of {_TILE}, found lhs {lhs.shape} and rhs {rhs.shape}"
     return None
 
 
 def grouped_matmul(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, out_dtype: jnp.dtype, interpret: bool
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    transpose_rhs: bool,
+    out_dtype: jnp.dtype,
+    interpret: bool,
 ) -> jax.Array:
-    """lhs `[M, K]` and rhs `[G, K, N]` bfloat16, group_sizes int32 `[G]` -> `[M, N]`."""
+    """lhs `[M, K]` and rhs `[G, K, N]` or `[G, N, K]` bfloat16, group_sizes int32 `[G]` -> `[M, N]`."""
     mine = (jnp.arange(lhs.shape[0]) < jnp.sum(group_sizes))[:, None]
-    run = functools.partial(megablox.gmm, tiling=(_tile(lhs.shape[0]), _tile(lhs.shape[1]), _tile(rhs.shape[2])))
+    sizes = (*lhs.shape, rhs.shape[1 if transpose_rhs else 2])
+    run = functools.partial(
+        megablox.gmm, tiling=(_tile(sizes[0]), _tile(sizes[1]), _tile(sizes[2])), transpose_rhs=transpose_rhs
+    )
     # megablox leaves rows of no group unwritten, in the result and in lhs's gradient: one select guards each.
     out = run(jnp.where(mine, lhs, 0), rhs, group_sizes, preferred_element_type=out_dtype, interpret=interpret)
     return jnp.where(mine, out, 0)

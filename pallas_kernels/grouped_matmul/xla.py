@@ -12,20 +12,25 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul import tiles
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """lhs `[M, K]`, rhs `[G, K, N]`, group_sizes int32 `[G]` -> `[M, N]` of out_dtype."""
-    return _product(lhs, rhs, _inside(group_sizes, lhs.shape[0]), out_dtype, False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_matmul(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool, out_dtype: jnp.dtype
+) -> jax.Array:
+    """lhs `[M, K]`, rhs `[G, K, N]` or, transposed, `[G, N, K]`, group_sizes int32 `[G]` -> `[M, N]` of out_dtype."""
+    return _product(lhs, rhs, _inside(group_sizes, lhs.shape[0]), out_dtype, transpose_rhs)
 
 
-def _forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, out_dtype: jnp.dtype):
-    return grouped_matmul(lhs, rhs, group_sizes, out_dtype), (lhs, rhs, group_sizes)
+def _forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool, out_dtype: jnp.dtype):
+    return grouped_matmul(lhs, rhs, group_sizes, transpose_rhs, out_dtype), (lhs, rhs, group_sizes)
 
 
-def _backward(out_dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array, jax.Array], grad: jax.Array):
+def _backward(
+    transpose_rhs: bool, out_dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array, jax.Array], grad: jax.Array
+):
     lhs, rhs, group_sizes = saved
-    sizes = _inside(group_sizes, lhs.shape[0])
-    return _product(grad, rhs, sizes, lhs.dtype, True), _outer(lhs, grad, sizes, rhs.dtype), None
+    sizes, same = _inside(group_sizes, lhs.shape[0]), lhs.astype(grad.dtype)
+    drhs = _outer(grad, same, sizes, rhs.dtype) if transpose_rhs else _outer(same, grad, sizes, rhs.dtype)
+    return _product(grad, rhs, sizes, lhs.dtype, not transpose_rhs), drhs, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -46,12 +51,11 @@ def _product(x: jax.Array, rhs: jax.Array, sizes: jax.Array, out_dtype: jnp.dtyp
 
 
 @functools.partial(jax.jit, static_argnums=(3,))
-def _outer(lhs: jax.Array, grad: jax.Array, sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """out[g] = sum over the rows m of group g of lhs[m] grad[m]^T: `[G, K, N]`."""
-    lhs = lhs.astype(grad.dtype)
+def _outer(left: jax.Array, right: jax.Array, sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """out[g] = sum over the rows m of group g of left[m] right[m]^T: `[M, A]`, `[M, B]` -> `[G, A, B]`."""
     on_cpu = functools.partial(tiles.outer, out_dtype=out_dtype)
     elsewhere = functools.partial(_ragged_outer, out_dtype=out_dtype)
-    return jax.lax.platform_dependent(lhs, grad, sizes, cpu=on_cpu, default=elsewhere)
+    return jax.lax.platform_dependent(left, right, sizes, cpu=on_cpu, default=elsewhere)
 
 
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -76,16 +80,16 @@ def _ragged_product(
     return _of_groups(out, sizes).astype(out_dtype)
 
 
-def _ragged_outer(lhs: jax.Array, grad: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
+def _ragged_outer(left: jax.Array, right: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
     dims = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
     out = jax.lax.ragged_dot_general(
-        _of_groups(lhs, sizes),
-        _of_groups(grad, sizes),
+        _of_groups(left, sizes),
+        _of_groups(right, sizes),
         sizes,
         dims,
-        precision=_precision(grad.dtype),
+        precision=_precision(right.dtype),
         preferred_element_type=jnp.float32,
     )
     return out.astype(out_dtype)

@@ -12,7 +12,7 @@ _ORDER = ("xla",)
 
 def linear_cross_entropy(
     x: jax.Array,
-    kernel: jax.Array,
+    weight: jax.Array,
     labels: jax.Array,
     *,
     mask: jax.Array | None = None,
@@ -21,16 +21,16 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The negative log-likelihood of each row's label under softmax(x @ kernel), and the row's log-sum-exp.
+    """The negative log-likelihood of each row's label under softmax(x @ weight.T), and the row's log-sum-exp.
 
-    loss[m] = lse[m] - logits[m, labels[m]] + z_loss * lse[m]**2, with logits = x @ kernel and lse in float32. The last
+    loss[m] = lse[m] - logits[m, labels[m]] + z_loss * lse[m]**2, with logits = x @ weight.T and lse in float32. The last
     term is the z-loss of PaLM (Chowdhery et al. 2022, section 5). A row counts where mask is true and its label is not
     ignore_index; elsewhere loss, lse and gradients are zero whatever the row holds. There is no mean: divide by what you
     count.
 
     Args:
       x: `[M, D]` float32 or bfloat16.
-      kernel: `[D, V]` float32 or bfloat16; it multiplies in x's dtype, and its gradient is summed in
+      weight: `[V, D]` float32 or bfloat16; it multiplies in x's dtype, and its gradient is summed in
         float32 and given in its own.
       labels: `[M]` integers. One that counts and is outside [0, V) makes its row's loss NaN: a traced value cannot
         raise.
@@ -41,7 +41,7 @@ def linear_cross_entropy(
       implementation: "reference" (whole logits), "xla" (chunks of rows), "tpu", "gpu", or None to choose.
 
     Returns:
-      (loss float32 `[M]`, lse float32 `[M]`), both differentiable in x and kernel (reverse mode).
+      (loss float32 `[M]`, lse float32 `[M]`), both differentiable in x and weight (reverse mode).
 
     Raises:
       TypeError: a dtype that is not served.
@@ -50,7 +50,7 @@ def linear_cross_entropy(
     """
     name = choose_implementation(
         x,
-        kernel,
+        weight,
         labels,
         mask=mask,
         z_loss=z_loss,
@@ -64,13 +64,13 @@ def linear_cross_entropy(
     if x.shape[0] == 0:
         return jnp.zeros((0,), jnp.float32), jnp.zeros((0,), jnp.float32)
     if name == "reference":
-        return reference.linear_cross_entropy(x, kernel, labels, counts, z_loss)
-    return xla.linear_cross_entropy(x, kernel, labels, counts, z_loss, chunk_size)
+        return reference.linear_cross_entropy(x, weight, labels, counts, z_loss)
+    return xla.linear_cross_entropy(x, weight, labels, counts, z_loss, chunk_size)
 
 
 def choose_implementation(
     x: jax.Array,
-    kernel: jax.Array,
+    weight: jax.Array,
     labels: jax.Array,
     *,
     mask: jax.Array | None = None,
@@ -81,7 +81,7 @@ def choose_implementation(
 ) -> str:
     """The name of the implementation that `linear_cross_entropy` would run; the same arguments and errors."""
     del ignore_index
-    _check(x, kernel, labels, mask, z_loss, chunk_size)
+    _check(x, weight, labels, mask, z_loss, chunk_size)
     reasons = {
         "reference": None if chunk_size is None else "it has the whole logits in memory and takes no chunk_size",
         "xla": None,
@@ -93,18 +93,18 @@ def choose_implementation(
 
 def _check(
     x: jax.Array,
-    kernel: jax.Array,
+    weight: jax.Array,
     labels: jax.Array,
     mask: jax.Array | None,
     z_loss: float,
     chunk_size: int | None,
 ) -> None:
-    if x.ndim != 2 or kernel.ndim != 2 or x.shape[1] != kernel.shape[0] or min(kernel.shape) < 1:
-        raise ValueError(f"linear_cross_entropy: expected x [M, D], kernel [D, V], found {x.shape} and {kernel.shape}")
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or min(weight.shape) < 1:
+        raise ValueError(f"linear_cross_entropy: expected x [M, D], weight [V, D], found {x.shape} and {weight.shape}")
     for name, array in {"labels": labels, "mask": mask}.items():
         if array is not None and array.shape != x.shape[:1]:
             raise ValueError(f"linear_cross_entropy: expected {name} {x.shape[:1]}, found {array.shape}")
-    for name, dtype in {"x": x.dtype, "kernel": kernel.dtype}.items():
+    for name, dtype in {"x": x.dtype, "weight": weight.dtype}.items():
         if dtype not in (jnp.float32, jnp.bfloat16):
             raise TypeError(f"linear_cross_entropy: {name} must be float32 or bfloat16, found {dtype}")
     if not jnp.issubdtype(labels.dtype, jnp.integer):

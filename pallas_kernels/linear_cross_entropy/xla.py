@@ -17,13 +17,13 @@ class Rows(NamedTuple):
 
 
 def linear_cross_entropy(
-    x: jax.Array, kernel: jax.Array, labels: jax.Array, counts: jax.Array, z_loss: float, chunk_size: int | None
+    x: jax.Array, weight: jax.Array, labels: jax.Array, counts: jax.Array, z_loss: float, chunk_size: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    """x `[M, D]`, kernel `[D, V]`, labels int `[M]`, counts bool `[M]` -> (loss, lse) float32 `[M]`."""
+    """x `[M, D]`, weight `[V, D]`, labels int `[M]`, counts bool `[M]` -> (loss, lse) float32 `[M]`."""
     num_rows = x.shape[0]
-    num_chunks = -(-num_rows // (chunk_size or default_chunk_size(kernel.shape[1])))
+    num_chunks = -(-num_rows // (chunk_size or default_chunk_size(weight.shape[0])))
     x, labels, counts = (_deal(a, num_chunks) for a in (x, labels, counts))
-    out: LossAndLse = _chunked(x, kernel, Rows(labels, counts), z_loss)
+    out: LossAndLse = _chunked(x, weight, Rows(labels, counts), z_loss)
     return _gather(out.loss, num_rows), _gather(out.lse, num_rows)
 
 
@@ -66,43 +66,43 @@ def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked(x: jax.Array, kernel: jax.Array, rows: Rows, z_loss: float) -> LossAndLse:
+def _chunked(x: jax.Array, weight: jax.Array, rows: Rows, z_loss: float) -> LossAndLse:
     """x `[n, chunk, D]` -> loss and lse `[n, chunk]`."""
 
     def one_chunk(chunk: tuple[jax.Array, Rows]) -> LossAndLse:
         x, (labels, counts) = chunk
-        logits = _dot(x, kernel.astype(x.dtype), 1, 0)
+        logits = _dot(x, weight.astype(x.dtype), 1, 1)
         lse = jax.nn.logsumexp(logits, axis=-1)
         at_label = jnp.sum(jnp.where(_is_label(logits, labels), logits, 0), axis=-1)
-        known = (labels >= 0) & (labels < kernel.shape[1])
+        known = (labels >= 0) & (labels < weight.shape[0])
         loss = lse - jnp.where(known, at_label, jnp.nan) + z_loss * lse**2
         return LossAndLse(jnp.where(counts, loss, 0), jnp.where(counts, lse, 0))
 
     return jax.lax.map(one_chunk, (x, rows))
 
 
-def _forward(x: jax.Array, kernel: jax.Array, rows: Rows, z_loss: float):
-    out: LossAndLse = _chunked(x, kernel, rows, z_loss)
-    return out, (x, kernel, rows, out.lse)
+def _forward(x: jax.Array, weight: jax.Array, rows: Rows, z_loss: float):
+    out: LossAndLse = _chunked(x, weight, rows, z_loss)
+    return out, (x, weight, rows, out.lse)
 
 
 def _backward(z_loss: float, saved: tuple[jax.Array, jax.Array, Rows, jax.Array], grads: LossAndLse):
     """d loss / d logits = softmax * (1 + 2 z_loss lse) - onehot, and d lse / d logits = softmax."""
-    x, kernel, rows, lse = saved
+    x, weight, rows, lse = saved
 
-    def one_chunk(dkernel: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:
+    def one_chunk(dweight: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:
         x, (labels, counts), lse, (dloss, dlse) = chunk
         x = jnp.where(counts[:, None], x, 0)
         dloss, dlse = jnp.where(counts, dloss, 0), jnp.where(counts, dlse, 0)
-        logits = _dot(x, kernel.astype(x.dtype), 1, 0)
+        logits = _dot(x, weight.astype(x.dtype), 1, 1)
         # A row that does not count has lse 0 here: its logits are zeros, so nothing overflows.
         scaled = (dloss * (1 + 2 * z_loss * lse) + dlse)[:, None] * jnp.exp(logits - lse[:, None])
         dlogits = (scaled - jnp.where(_is_label(logits, labels), dloss[:, None], 0)).astype(x.dtype)
-        dx = _dot(dlogits, kernel.astype(x.dtype), 1, 1).astype(x.dtype)
-        return dkernel + _dot(x, dlogits, 0, 0), dx
+        dx = _dot(dlogits, weight.astype(x.dtype), 1, 0).astype(x.dtype)
+        return dweight + _dot(dlogits, x, 0, 0), dx
 
-    dkernel, dx = jax.lax.scan(one_chunk, jnp.zeros(kernel.shape, jnp.float32), (x, rows, lse, grads))
-    return dx, dkernel.astype(kernel.dtype), None
+    dweight, dx = jax.lax.scan(one_chunk, jnp.zeros(weight.shape, jnp.float32), (x, rows, lse, grads))
+    return dx, dweight.astype(weight.dtype), None
 
 
 _chunked.defvjp(_forward, _backward)

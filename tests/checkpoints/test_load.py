@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from exaone_jax.checkpoints import convert, load
-from exaone_jax.checkpoints.bits import as_bits, transpose
+from exaone_jax.checkpoints.bits import as_bits
 from exaone_jax.checkpoints.directory import open_hf
 from exaone_jax.checkpoints.names import parameters, path_name, tensor_map
 from exaone_jax.errors import CheckpointError
@@ -21,7 +21,7 @@ from tests.checkpoints.synthetic import MODELS, exaone4_5, exaone_moe, write_che
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("form", ["hf", "native"])
 def test_every_element_is_in_its_place(name: str, form: str, tmp_path: Path):
-    """Against a plain reading of the files: numpy transposes, one tensor at a time."""
+    """Against a plain reading of the files, one tensor at a time."""
     config = MODELS[name]
     path = write_checkpoint(tmp_path / "hf", config, shard_bytes=50_000)
     with open_hf(path) as directory:
@@ -35,9 +35,8 @@ def test_every_element_is_in_its_place(name: str, form: str, tmp_path: Path):
     }
     for tensor in tensor_map(config):
         if not tensor.carried:
-            bits = tensors[tensor.name]
-            wanted = bits.T if tensor.transpose else bits
-            np.testing.assert_array_equal(as_bits(np.asarray(params[tensor.path]))[tensor.index], wanted, tensor.name)
+            found = as_bits(np.asarray(params[tensor.path]))[tensor.index]
+            np.testing.assert_array_equal(found, tensors[tensor.name], tensor.name)
 
 
 @pytest.mark.parametrize("form", ["hf", "native"])
@@ -88,16 +87,6 @@ def test_carried_tensors_are_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
     load.read_params(path)
     assert seen
     assert not any("visual" in name for name in seen)
-
-
-def test_transpose():
-    rng = np.random.default_rng(0)
-    for shape in ((1, 1), (17, 3), (3, 17), (64, 33), (16, 16)):
-        for dtype in (np.uint16, np.uint32):
-            bits = rng.integers(0, 60000, shape).astype(dtype)
-            out = transpose(bits)
-            assert out.flags.c_contiguous
-            np.testing.assert_array_equal(out, bits.T)
 
 
 SHARDED = """

@@ -114,7 +114,7 @@ def damaged(native: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(native, tmp_path / "damaged"))
 
 
-CHUNK = "params/segments.0.0.attention.q_proj.kernel/c.0.0.0"
+CHUNK = "params/segments.0.0.attention.q_proj.weight/c.0.0.0"
 
 
 def test_a_flipped_bit_is_found(native: Path, tmp_path: Path):

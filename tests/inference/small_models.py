@@ -72,16 +72,16 @@ def agreeing(config: ModelConfig, seed: int = 0, peak: float = 2.0, loud: float 
     """A random model whose MTP layer often guesses right, though nothing was trained.
 
     Both favour a next token that depends on the newest one: the residual stream carries its embedding, the output
-    head maps that to the next one's logit, and the upper half of `fc` hands the MTP layer the embedding as it is.
+    head maps that to the next one's logit, and the left half of `fc` hands the MTP layer the embedding as it is.
     peak: how strongly the head favours it. loud: how strong the embedding is beside what the layers add.
     """
     vocab, size = config.vocab_size, config.hidden_size
     rng = np.random.default_rng(seed + 1000)
     embedding = loud * rng.standard_normal((vocab, size))
-    head = 0.05 * rng.standard_normal((size, vocab)) + peak / size / loud * embedding[rng.permutation(vocab)].T
-    fc = np.concatenate([loud * np.eye(size), np.zeros((size, size))])
+    head = 0.05 * rng.standard_normal((vocab, size)) + peak / size / loud * embedding[rng.permutation(vocab)]
+    fc = np.concatenate([loud * np.eye(size), np.zeros((size, size))], axis=1)
     fc += config.initializer_range * rng.standard_normal(fc.shape)
-    return make(config, seed, embed__embedding=embedding, lm_head__kernel=head, mtp__fc__kernel=fc)
+    return make(config, seed, embed__embedding=embedding, lm_head__weight=head, mtp__fc__weight=fc)
 
 
 def reciting(
@@ -94,12 +94,12 @@ def reciting(
     size = min(vocab, 128)
     rng = np.random.default_rng(0)
     embedding = np.eye(size) if size == vocab else rng.choice([-1.0, 1.0], (vocab, size))
-    head = np.zeros((size, vocab))
+    head = np.zeros((vocab, size))
     for token, following in next_token.items():
-        head[:, following] += embedding[token]
-    fc = np.concatenate([np.eye(size), np.zeros((size, size))])
+        head[following] += embedding[token]
+    fc = np.concatenate([np.eye(size), np.zeros((size, size))], axis=1)
     for token, taken_for in (wrong_drafts or {}).items():
-        fc[token] = np.eye(size)[taken_for]
+        fc[:, token] = np.eye(size)[taken_for]
     fields = {
         "model_type": "exaone_moe",
         "layers": (LayerSpec(window=4), LayerSpec(rope=False)),
@@ -107,7 +107,7 @@ def reciting(
         **_SIZES,
     }
     fields |= {"vocab_size": vocab, "hidden_size": size, "initializer_range": 0.0, **config}  # 0: layers give zeros
-    return make(ModelConfig(**fields), embed__embedding=embedding, lm_head__kernel=head, mtp__fc__kernel=fc)
+    return make(ModelConfig(**fields), embed__embedding=embedding, lm_head__weight=head, mtp__fc__weight=fc)
 
 
 def prompts(lengths: Sequence[int], vocab: int = VOCAB, seed: int = 0) -> list[list[int]]:

@@ -47,7 +47,7 @@ def small_chunks():
         yield
 
 
-SEEDS = {"k-exaone": 0, "4.5": 1, "k-exaone-2.0": 0}  # of weights whose greedy drafts are right and wrong
+SEEDS = {"k-exaone": 1, "4.5": 1, "k-exaone-2.0": 0}  # of weights whose greedy drafts are right and wrong
 
 
 @cache
@@ -340,7 +340,7 @@ def test_the_whole_context_can_be_used():
 
 def test_a_model_that_is_not_finite_is_refused():
     broken = make(K_EXAONE)
-    broken.lm_head.kernel[...] = broken.lm_head.kernel[...].at[3, 5].set(jnp.nan)
+    broken.lm_head.weight[...] = broken.lm_head.weight[...].at[5, 3].set(jnp.nan)
     with pytest.raises(CheckpointError, match="NaN or infinite"):
         generate_tokens(broken, [[1, 2, 3]], [SamplingParams(max_new_tokens=4)])
 

@@ -21,7 +21,7 @@ def test_every_parameter_of_every_published_model_is_split(name: str):
         shape, axes = variable.get_value().shape, variable.get_metadata("axes")
         spec = partition_spec(str(path), shape, axes, MESH)
         parts = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
-        split = path[-1] in ("kernel", "embedding", "gate_proj", "up_proj", "down_proj", "bias")
+        split = path[-1] in ("weight", "embedding", "gate_proj", "up_proj", "down_proj", "bias")
         assert bool(parts) == split, (path, spec)
         if "experts" in path:
             assert sorted(parts) == ["expert", "fsdp", "tensor"], (path, spec)
@@ -43,6 +43,6 @@ def test_axes_of_size_one_are_left_out():
 )
 def test_rules_that_cannot_be(shape, axes, rules, message: str):
     with pytest.raises(ConfigError, match=message) as error:
-        partition_spec("layer.kernel", shape, axes, MESH, rules)
-    assert "layer.kernel" in str(error.value)
+        partition_spec("layer.weight", shape, axes, MESH, rules)
+    assert "layer.weight" in str(error.value)
     assert "vocab   " in str(error.value)  # the table

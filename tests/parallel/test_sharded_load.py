@@ -56,8 +56,8 @@ def test_eight_devices_hold_parts_and_compute_the_same(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     parts = json.loads(done.stdout)
     assert parts["embed.embedding"] == [48, 16]
-    assert parts["segments.0.1.moe.experts.gate_proj"] == [1, 4, 16, 8]
-    assert parts["segments.0.0.attention.o_proj.kernel"] == [1, 32, 16]
+    assert parts["segments.0.1.moe.experts.gate_proj"] == [1, 4, 8, 16]
+    assert parts["segments.0.0.attention.o_proj.weight"] == [1, 16, 32]
     assert parts["norm.scale"] == [32]
     # float32 sums in another order over logits of order 1.
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), model(tokens), atol=2e-5)

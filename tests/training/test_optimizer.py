@@ -69,7 +69,7 @@ def test_muon_orthogonalises_each_matrix_of_a_stack(model: Transformer) -> None:
     params = nnx.state(model, nnx.Param)
     after = run(muon(lambda step: 1.0, weight_decay=0.0, clip_norm=1e9), params, 1)[0]
     before, grads = flat(params), flat(random_like(params, 0))
-    for name in ("segments.1.0.moe.experts.gate_proj", "segments.1.1.attention.q_proj.kernel", "mtp.fc.kernel"):
+    for name in ("segments.1.0.moe.experts.gate_proj", "segments.1.1.attention.q_proj.weight", "mtp.fc.weight"):
         update, grad = before[name] - after[name], grads[name]
         size = update.shape[-2:]
         scale = 0.2 * np.sqrt(max(size))
@@ -86,7 +86,7 @@ def test_muon_leaves_vectors_and_vocabulary_to_adamw(model: Transformer) -> None
     schedule = lambda step: 0.01  # noqa: E731
     by_muon, by_adamw = (run(o(schedule, weight_decay=0.2), params, 2)[-1] for o in (muon, adamw))
     for name in by_adamw:
-        shared = name.endswith("scale") or name in ("embed.embedding", "lm_head.kernel")
+        shared = name.endswith("scale") or name in ("embed.embedding", "lm_head.weight")
         assert np.allclose(by_muon[name], by_adamw[name], rtol=1e-5, atol=1e-6) == shared, name
 
 

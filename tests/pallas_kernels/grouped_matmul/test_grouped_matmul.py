@@ -32,14 +32,17 @@ def operands(shape: tuple[int, int, int, int], dtype: jax.typing.DTypeLike = jnp
 
 
 def value_and_gradients(lhs, rhs, sizes, grad, **options) -> list[np.ndarray]:
-    """The result, lhs's gradient and rhs's gradient, in float32."""
+    """The result, lhs's gradient and rhs's gradient, in float32; all of rhs `[G, K, N]`, however it is handed over."""
     return [np.asarray(a, np.float32) for a in _value_and_gradients(lhs, rhs, sizes, grad, **options)]
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "interpret", "preferred_element_type"))
-def _value_and_gradients(lhs, rhs, sizes, grad, **options):
-    out, pull = jax.vjp(lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes, **options), lhs, rhs)
-    return out, *pull(grad.astype(out.dtype))
+@functools.partial(jax.jit, static_argnames=("transpose_rhs", "implementation", "interpret", "preferred_element_type"))
+def _value_and_gradients(lhs, rhs, sizes, grad, transpose_rhs=False, **options):
+    turn = (lambda a: jnp.swapaxes(a, 1, 2)) if transpose_rhs else (lambda a: a)
+    run = functools.partial(grouped_matmul, group_sizes=sizes, transpose_rhs=transpose_rhs, **options)
+    out, pull = jax.vjp(run, lhs, turn(rhs))
+    dlhs, drhs = pull(grad.astype(out.dtype))
+    return out, dlhs, turn(drhs)
 
 
 def exact(lhs, rhs, sizes, grad) -> list[np.ndarray]:
@@ -61,12 +64,14 @@ def assert_close(found: list[np.ndarray], expected: list[np.ndarray], tolerance:
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@given(data=st.data(), shape=st.sampled_from(SHAPES))
+@given(data=st.data(), shape=st.sampled_from(SHAPES), transpose_rhs=st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_matches_float64(implementation: str, data: st.DataObject, shape: tuple[int, int, int, int]):
+def test_matches_float64(
+    implementation: str, data: st.DataObject, shape: tuple[int, int, int, int], transpose_rhs: bool
+):
     sizes = jnp.asarray(data.draw(sizes_strategy(shape[3], shape[0])), jnp.int32)
     lhs, rhs, grad = operands(shape)
-    found = value_and_gradients(lhs, rhs, sizes, grad, implementation=implementation)
+    found = value_and_gradients(lhs, rhs, sizes, grad, implementation=implementation, transpose_rhs=transpose_rhs)
     # A float32 sum of n products of normals is off by about sqrt(n) * 6e-8 * sqrt(n); n <= 700 here, and the largest entry is
     # above sqrt(n): 2e-5 leaves a factor of ten.
     assert_close(found, exact(lhs, rhs, sizes, grad), 2e-5)
@@ -87,9 +92,10 @@ def test_bfloat16_is_as_good_as_the_reference_in_bfloat16(sizes: list[int]):
         assert np.abs(a - t).max() <= 2 * np.abs(b - t).max()
 
 
+@pytest.mark.parametrize("transpose_rhs", [False, True])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_poison_stays_where_it_is(implementation: str, shape: tuple[int, int, int, int]):
+def test_poison_stays_where_it_is(implementation: str, shape: tuple[int, int, int, int], transpose_rhs: bool):
     num_rows, num_groups = shape[0], shape[3]
     lhs, rhs, grad = operands(shape)
     sizes = np.zeros(num_groups, np.int32)
@@ -100,8 +106,8 @@ def test_poison_stays_where_it_is(implementation: str, shape: tuple[int, int, in
     lhs, grad = lhs.at[used:].set(jnp.nan), grad.at[used:].set(jnp.nan)
     rhs = rhs.at[np.flatnonzero(sizes == 0)].set(jnp.nan)
     clean[0][used:] = 0
-    found = value_and_gradients(lhs, rhs, jnp.asarray(sizes), grad, implementation=implementation)
-    assert_close(found, clean, 2e-5)
+    options = {"implementation": implementation, "transpose_rhs": transpose_rhs}
+    assert_close(value_and_gradients(lhs, rhs, jnp.asarray(sizes), grad, **options), clean, 2e-5)
 
 
 def test_sizes_that_do_not_fit_are_cut_off():
@@ -139,12 +145,14 @@ def test_decode_takes_tiles_and_not_every_matrix():
     assert int(tiles._cost(spans, 16)) < 128 * (8 + tiles._HEAD_OVERHEAD)
 
 
+@pytest.mark.parametrize("transpose_rhs", [False, True])
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
-def test_decode_copies_a_few_matrices_only(dtypes: tuple[str, str]):
+def test_decode_copies_a_few_matrices_only(dtypes: tuple[str, str], transpose_rhs: bool):
     """XLA:CPU would hoist a conversion of all the bfloat16 matrices out of the loop, which costs 40 times a decode step."""
-    lhs, rhs = jax.ShapeDtypeStruct((16, 256), dtypes[0]), jax.ShapeDtypeStruct((128, 256, 512), dtypes[1])
+    shape = (128, 512, 256) if transpose_rhs else (128, 256, 512)
+    lhs, rhs = jax.ShapeDtypeStruct((16, 256), dtypes[0]), jax.ShapeDtypeStruct(shape, dtypes[1])
     sizes = jax.ShapeDtypeStruct((128,), jnp.int32)
-    forward = functools.partial(grouped_matmul, implementation="xla")
+    forward = functools.partial(grouped_matmul, transpose_rhs=transpose_rhs, implementation="xla")
     dlhs = jax.grad(lambda *args: forward(*args).astype(jnp.float32).sum())
     for call in (forward, dlhs):
         temporaries = jax.jit(call).lower(lhs, rhs, sizes).compile().memory_analysis().temp_size_in_bytes
@@ -229,13 +237,16 @@ def test_the_platform_is_chosen_at_lowering():
     assert "chlo.ragged_dot" not in text["cpu"]
 
 
-def test_megablox_in_the_interpreter():
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+def test_megablox_in_the_interpreter(transpose_rhs: bool):
     lhs, rhs, grad = operands((384, 128, 256, 4), jnp.bfloat16)
     sizes = jnp.asarray([130, 0, 70, 100], jnp.int32)
     truth = exact(lhs, rhs, sizes, grad)
     lhs, grad = lhs.at[300:].set(jnp.nan), grad.at[300:].set(jnp.nan)
     plain = value_and_gradients(lhs, rhs, sizes, grad, implementation="reference")
-    found = value_and_gradients(lhs, rhs, sizes, grad, implementation="tpu", interpret=True)
+    found = value_and_gradients(
+        lhs, rhs, sizes, grad, implementation="tpu", interpret=True, transpose_rhs=transpose_rhs
+    )
     for a, b, t in zip(found, plain, truth, strict=True):
         assert np.abs(a - t).max() <= 2 * np.abs(b - t).max()
 
@@ -275,6 +286,8 @@ def test_wrong_calls_are_named():
         grouped_matmul(lhs[0], rhs, sizes)
     with pytest.raises(ValueError, match="differ in K"):
         grouped_matmul(lhs[:, :7], rhs, sizes)
+    with pytest.raises(ValueError, match="differ in K"):
+        grouped_matmul(lhs, rhs, sizes, transpose_rhs=True)
     with pytest.raises(ValueError, match="2 groups, group_sizes 1"):
         grouped_matmul(lhs, rhs, sizes[:1])
     with pytest.raises(ValueError, match="empty axis"):

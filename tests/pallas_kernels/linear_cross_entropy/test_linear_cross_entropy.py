@@ -15,42 +15,42 @@ IGNORED = -100
 
 
 def operands(num_rows: int, size: int, vocab: int, dtype: jax.typing.DTypeLike = jnp.float32, seed: int = 0):
-    """x, kernel, labels, and a gradient for each of loss and lse."""
+    """x, weight, labels, and a gradient for each of loss and lse."""
     keys = jax.random.split(jax.random.key(seed), 5)
-    x, kernel = jax.random.normal(keys[0], (num_rows, size), dtype), jax.random.normal(keys[1], (size, vocab), dtype)
+    x, weight = jax.random.normal(keys[0], (num_rows, size), dtype), jax.random.normal(keys[1], (vocab, size), dtype)
     grads = (jax.random.normal(keys[2], (num_rows,)), jax.random.normal(keys[3], (num_rows,)))
-    return x, kernel, jax.random.randint(keys[4], (num_rows,), 0, vocab), grads
+    return x, weight, jax.random.randint(keys[4], (num_rows,), 0, vocab), grads
 
 
-def value_and_gradients(x, kernel, labels, grads, **options) -> list[np.ndarray]:
-    """loss, lse, x's gradient and the kernel's, in float32."""
-    return [np.asarray(a, np.float32) for a in _value_and_gradients(x, kernel, labels, grads, **options)]
+def value_and_gradients(x, weight, labels, grads, **options) -> list[np.ndarray]:
+    """loss, lse, x's gradient and the weight's, in float32."""
+    return [np.asarray(a, np.float32) for a in _value_and_gradients(x, weight, labels, grads, **options)]
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "z_loss", "ignore_index", "chunk_size"))
-def _value_and_gradients(x, kernel, labels, grads, **options):
-    out, pull = jax.vjp(lambda x, kernel: linear_cross_entropy(x, kernel, labels, **options), x, kernel)
+def _value_and_gradients(x, weight, labels, grads, **options):
+    out, pull = jax.vjp(lambda x, weight: linear_cross_entropy(x, weight, labels, **options), x, weight)
     return *out, *pull(grads)
 
 
-def exact(x, kernel, labels, grads, mask=None, z_loss=0.0) -> list[np.ndarray]:
+def exact(x, weight, labels, grads, mask=None, z_loss=0.0) -> list[np.ndarray]:
     """The same in float64, gradients written out by hand."""
-    x, kernel, labels = np.asarray(x, np.float64), np.asarray(kernel, np.float64), np.asarray(labels)
+    x, weight, labels = np.asarray(x, np.float64), np.asarray(weight, np.float64), np.asarray(labels)
     counts = (labels != IGNORED) & (True if mask is None else np.asarray(mask, bool))
     x = np.where(counts[:, None], x, 0)
-    logits = x @ kernel
+    logits = x @ weight.T
     lse = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
-    onehot = np.arange(kernel.shape[1]) == labels[:, None]
+    onehot = np.arange(weight.shape[0]) == labels[:, None]
     loss = lse - (logits * onehot).sum(1) + z_loss * lse**2
     dloss, dlse = (np.where(counts, np.asarray(g, np.float64), 0)[:, None] for g in grads)
     softmax = np.exp(logits - lse[:, None])
     dlogits = dloss * (softmax * (1 + 2 * z_loss * lse[:, None]) - onehot) + dlse * softmax
-    return [np.where(counts, loss, 0), np.where(counts, lse, 0), dlogits @ kernel.T, x.T @ dlogits]
+    return [np.where(counts, loss, 0), np.where(counts, lse, 0), dlogits @ weight, dlogits.T @ x]
 
 
 def assert_close(found: list[np.ndarray], expected: list[np.ndarray], tolerance: float) -> None:
     """Errors relative to the largest entry of each."""
-    for name, a, b in zip(("loss", "lse", "dx", "dkernel"), found, expected, strict=True):
+    for name, a, b in zip(("loss", "lse", "dx", "dweight"), found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(float(np.abs(b).max()), 1e-30), err_msg=name)
 
 
@@ -63,37 +63,37 @@ def assert_close(found: list[np.ndarray], expected: list[np.ndarray], tolerance:
 )
 @settings(max_examples=25, deadline=None)
 def test_matches_float64(implementation, shape, chunk_size, z_loss, data):
-    x, kernel, labels, grads = operands(*shape)
+    x, weight, labels, grads = operands(*shape)
     rows = st.lists(st.booleans(), min_size=shape[0], max_size=shape[0])
     mask = jnp.asarray(data.draw(rows))
     labels = jnp.where(jnp.asarray(data.draw(rows)), labels, IGNORED)
     options = {"implementation": implementation, "z_loss": z_loss, "mask": mask}
     if implementation == "xla":
         options["chunk_size"] = chunk_size
-    found = value_and_gradients(x, kernel, labels, grads, **options)
+    found = value_and_gradients(x, weight, labels, grads, **options)
     # The logits sum at most 16 float32 products and are below 30: off by 30 * 6e-8 * a few, which exp passes on as a relative
     # error; 2e-5 leaves a factor of two or more.
-    assert_close(found, exact(x, kernel, labels, grads, mask, z_loss), 2e-5)
+    assert_close(found, exact(x, weight, labels, grads, mask, z_loss), 2e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 16])
 def test_bfloat16_is_as_good_as_the_reference_in_bfloat16(chunk_size):
-    x, kernel, labels, grads = operands(100, 32, 300, jnp.bfloat16)
-    truth = exact(x, kernel, labels, grads, z_loss=1e-3)
-    plain = value_and_gradients(x, kernel, labels, grads, z_loss=1e-3, implementation="reference")
-    found = value_and_gradients(x, kernel, labels, grads, z_loss=1e-3, implementation="xla", chunk_size=chunk_size)
-    for name, a, b, t in zip(("loss", "lse", "dx", "dkernel"), found, plain, truth, strict=True):
+    x, weight, labels, grads = operands(100, 32, 300, jnp.bfloat16)
+    truth = exact(x, weight, labels, grads, z_loss=1e-3)
+    plain = value_and_gradients(x, weight, labels, grads, z_loss=1e-3, implementation="reference")
+    found = value_and_gradients(x, weight, labels, grads, z_loss=1e-3, implementation="xla", chunk_size=chunk_size)
+    for name, a, b, t in zip(("loss", "lse", "dx", "dweight"), found, plain, truth, strict=True):
         # Loss and lse are float32 in both; a floor of a few of its roundings keeps the comparison from being about luck.
         assert np.abs(a - t).max() <= 2 * np.abs(b - t).max() + 1e-6 * np.abs(t).max(), name
 
 
 def test_wide_kernel_gets_a_float32_gradient():
-    """The kernel's gradient is summed in float32 over chunks; in bfloat16 the sum of 64 chunks would lose its tail."""
-    x, kernel, labels, grads = operands(256, 16, 40)
+    """The weight's gradient is summed in float32 over chunks; in bfloat16 the sum of 64 chunks would lose its tail."""
+    x, weight, labels, grads = operands(256, 16, 40)
     x = x.astype(jnp.bfloat16)
-    truth = exact(x, kernel.astype(jnp.bfloat16), labels, grads)
-    found = value_and_gradients(x, kernel, labels, grads, implementation="xla", chunk_size=4)
-    out = jax.eval_shape(jax.grad(lambda w: linear_cross_entropy(x, w, labels)[0].sum()), kernel)
+    truth = exact(x, weight.astype(jnp.bfloat16), labels, grads)
+    found = value_and_gradients(x, weight, labels, grads, implementation="xla", chunk_size=4)
+    out = jax.eval_shape(jax.grad(lambda w: linear_cross_entropy(x, w, labels)[0].sum()), weight)
     assert out.dtype == jnp.float32
     # d logits is rounded to bfloat16, 2**-9 of each term, and the roundings of 256 rows are independent.
     np.testing.assert_allclose(found[3], truth[3], rtol=0, atol=2**-9 * np.abs(truth[3]).max())
@@ -101,45 +101,45 @@ def test_wide_kernel_gets_a_float32_gradient():
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_rows_that_do_not_count_may_hold_anything(implementation: str):
-    x, kernel, labels, grads = operands(12, 8, 30)
+    x, weight, labels, grads = operands(12, 8, 30)
     mask = jnp.arange(12) % 3 != 0
-    truth = exact(x, kernel, labels, grads, mask, 1e-3)
+    truth = exact(x, weight, labels, grads, mask, 1e-3)
     x, labels = jnp.where(mask[:, None], x, jnp.nan), jnp.where(mask, labels, 10**6)
     grads = tuple(jnp.where(mask, g, jnp.nan) for g in grads)
     options = {"mask": mask.astype(jnp.int32), "z_loss": 1e-3, "implementation": implementation}
-    assert_close(value_and_gradients(x, kernel, labels, grads, **options), truth, 2e-5)
+    assert_close(value_and_gradients(x, weight, labels, grads, **options), truth, 2e-5)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_labels_outside_the_vocabulary_are_loud(implementation: str):
-    x, kernel, _, _ = operands(4, 8, 30)
-    loss, lse = linear_cross_entropy(x, kernel, jnp.asarray([0, 30, -1, IGNORED]), implementation=implementation)
+    x, weight, _, _ = operands(4, 8, 30)
+    loss, lse = linear_cross_entropy(x, weight, jnp.asarray([0, 30, -1, IGNORED]), implementation=implementation)
     np.testing.assert_array_equal(np.isnan(loss), [False, True, True, False])
     assert np.isfinite(lse).all()
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_ignore_index_and_large_logits(implementation: str):
-    x, kernel, labels, grads = operands(6, 8, 30)
+    x, weight, labels, grads = operands(6, 8, 30)
     labels = labels.at[2].set(7).at[4].set(7)
-    found = value_and_gradients(300 * x, kernel, labels, grads, ignore_index=7, implementation=implementation)
+    found = value_and_gradients(300 * x, weight, labels, grads, ignore_index=7, implementation=implementation)
     assert all(np.isfinite(a).all() for a in found)
     assert not found[0][[2, 4]].any()
     assert not found[2][[2, 4]].any()
-    assert_close(found, exact(300 * x, kernel, jnp.where(labels == 7, IGNORED, labels), grads), 5e-4)
+    assert_close(found, exact(300 * x, weight, jnp.where(labels == 7, IGNORED, labels), grads), 5e-4)
 
 
 def test_logits_are_never_whole():
-    """512 rows of 20,000 logits are 41 MB; chunks of 32 rows need a few times 2.6 MB, and the kernel's gradient 1.3 MB."""
+    """512 rows of 20,000 logits are 41 MB; chunks of 32 rows need a few times 2.6 MB, and the weight's gradient 1.3 MB."""
     num_rows, size, vocab, chunk = 512, 16, 20_000, 32
-    x, kernel, labels, _ = jax.eval_shape(lambda: operands(num_rows, size, vocab))
+    x, weight, labels, _ = jax.eval_shape(lambda: operands(num_rows, size, vocab))
 
-    def loss(x, kernel, labels, **options):
-        return linear_cross_entropy(x, kernel, labels, **options)[0].sum()
+    def loss(x, weight, labels, **options):
+        return linear_cross_entropy(x, weight, labels, **options)[0].sum()
 
     def temporaries(**options) -> int:
         step = jax.jit(jax.value_and_grad(lambda *args: loss(*args, **options), argnums=(0, 1)))
-        return step.lower(x, kernel, labels).compile().memory_analysis().temp_size_in_bytes
+        return step.lower(x, weight, labels).compile().memory_analysis().temp_size_in_bytes
 
     bound = 4 * (4 * chunk * vocab) + 2 * (4 * size * vocab)
     assert temporaries(implementation="xla", chunk_size=chunk) <= bound
@@ -154,55 +154,55 @@ def test_default_chunks():
 
 
 def test_the_published_vocabulary_in_default_chunks():
-    x, kernel, labels, grads = operands(384 + 5, 4, 153_600)
+    x, weight, labels, grads = operands(384 + 5, 4, 153_600)
     rows = jnp.asarray([0, 1, 7, 200, 384, 388])
     mask = jnp.zeros(389, bool).at[rows].set(True)
-    found = value_and_gradients(x, kernel, labels, grads, mask=mask, implementation="xla")
-    truth = exact(x[rows], kernel, labels[rows], [g[rows] for g in grads])
+    found = value_and_gradients(x, weight, labels, grads, mask=mask, implementation="xla")
+    truth = exact(x[rows], weight, labels[rows], [g[rows] for g in grads])
     # 153,600 terms in each sum: float32 sums of that length, blocked as XLA's are, are off by a few 1e-6.
     assert_close([*(a[rows] for a in found[:3]), found[3]], truth, 2e-5)
     assert [int((a != 0).any(axis=-1).sum()) for a in (found[0][:, None], found[2])] == [6, 6]
 
 
 def test_no_rows():
-    x, kernel, labels, grads = operands(0, 8, 30)
-    loss, _, dx, dkernel = value_and_gradients(x, kernel, labels, grads)
+    x, weight, labels, grads = operands(0, 8, 30)
+    loss, _, dx, dweight = value_and_gradients(x, weight, labels, grads)
     assert (loss.shape, dx.shape) == ((0,), (0, 8))
-    assert not dkernel.any()
+    assert not dweight.any()
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("implementation", ["reference", "xla", "tpu", "gpu", None])
 def test_every_pair_gives_a_result_or_a_reason(implementation, dtype, chunk_size):
-    x, kernel, labels, _ = operands(6, 8, 30, dtype)
+    x, weight, labels, _ = operands(6, 8, 30, dtype)
     options = {"implementation": implementation, "chunk_size": chunk_size}
     if implementation in ("xla", None) or (implementation == "reference" and chunk_size is None):
-        assert choose_implementation(x, kernel, labels, **options) == (implementation or "xla")
-        loss, lse = linear_cross_entropy(x, kernel, labels, **options)
+        assert choose_implementation(x, weight, labels, **options) == (implementation or "xla")
+        loss, lse = linear_cross_entropy(x, weight, labels, **options)
         assert (loss.shape, loss.dtype, lse.shape, lse.dtype) == ((6,), jnp.float32, (6,), jnp.float32)
     else:
         with pytest.raises(NotImplementedError, match=r"linear_cross_entropy: .* cannot serve this call: .{20}"):
-            linear_cross_entropy(x, kernel, labels, **options)
+            linear_cross_entropy(x, weight, labels, **options)
 
 
 def test_wrong_calls_are_named():
-    x, kernel, labels, _ = operands(6, 8, 30)
+    x, weight, labels, _ = operands(6, 8, 30)
     with pytest.raises(ValueError, match=r"expected x \[M, D\]"):
-        linear_cross_entropy(x[:, :7], kernel, labels)
+        linear_cross_entropy(x[:, :7], weight, labels)
     with pytest.raises(ValueError, match=r"expected labels \(6,\), found \(5,\)"):
-        linear_cross_entropy(x, kernel, labels[:5])
+        linear_cross_entropy(x, weight, labels[:5])
     with pytest.raises(ValueError, match=r"expected mask \(6,\)"):
-        linear_cross_entropy(x, kernel, labels, mask=jnp.ones((6, 1), bool))
+        linear_cross_entropy(x, weight, labels, mask=jnp.ones((6, 1), bool))
     with pytest.raises(TypeError, match="mask must be bool or integer, found float32"):
-        linear_cross_entropy(x, kernel, labels, mask=jnp.ones(6))
+        linear_cross_entropy(x, weight, labels, mask=jnp.ones(6))
     with pytest.raises(TypeError, match="labels must be integers"):
-        linear_cross_entropy(x, kernel, labels.astype(jnp.float32))
+        linear_cross_entropy(x, weight, labels.astype(jnp.float32))
     with pytest.raises(TypeError, match="x must be float32 or bfloat16, found int32"):
-        linear_cross_entropy(x.astype(jnp.int32), kernel, labels)
+        linear_cross_entropy(x.astype(jnp.int32), weight, labels)
     with pytest.raises(ValueError, match="z_loss must be >= 0"):
-        linear_cross_entropy(x, kernel, labels, z_loss=-1.0)
+        linear_cross_entropy(x, weight, labels, z_loss=-1.0)
     with pytest.raises(ValueError, match="chunk_size must be >= 1"):
-        linear_cross_entropy(x, kernel, labels, chunk_size=0)
+        linear_cross_entropy(x, weight, labels, chunk_size=0)
     with pytest.raises(ValueError, match="unknown implementation"):
-        linear_cross_entropy(x, kernel, labels, implementation="torch")
+        linear_cross_entropy(x, weight, labels, implementation="torch")
