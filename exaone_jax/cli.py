@@ -1,6 +1,7 @@
 """The command line: one typer command a verb. Each parses, calls and prints; jax is imported only where a verb computes.
 
-Exit codes: 0 done, 1 a check failed, 2 wrong input, 3 storage, 130 interrupted, 141 nobody reads the output.
+Exit codes: 0 done, 1 a check failed, 2 wrong input, 3 storage, 70 an error of this program itself (with its traceback),
+130 interrupted, 141 nobody reads the output.
 """
 
 import io
@@ -9,7 +10,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from exaone_jax.text.response import Event
 
 _REASONING, _ANSWER = "--- reasoning", "--- answer"
-EXIT_CHECK_FAILED, EXIT_INPUT, EXIT_STORAGE, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 3, 130, 141
+EXIT_CHECK_FAILED, EXIT_INPUT, EXIT_STORAGE, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 3, 70, 130, 141
 
 app = typer.Typer(
     name="exaone-jax",
@@ -97,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_NO_READER
     except OSError as error:
         return _fail(type(error).__name__, str(error), EXIT_STORAGE, as_json)
+    except Exception as error:  # noqa: BLE001 (the last resort: not to be taken for a failed check)
+        traceback.print_exc()
+        return _fail(type(error).__name__, f"{error} (an error of exaone-jax itself)", EXIT_INTERNAL, as_json)
 
 
 def _usage(error: typer.TyperException, as_json: bool) -> int:
@@ -190,6 +195,9 @@ def convert_from_hf(
         str | None,
         typer.Option(metavar="REGEX", help="Carry tensors unknown to the configuration if their whole name matches."),
     ] = None,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Copy *.py files too; nothing here runs them.")
+    ] = False,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -203,6 +211,7 @@ def convert_from_hf(
             dry_run=dry_run,
             overwrite=overwrite,
             allow_extra=allow_extra,
+            with_code=with_code,
             workers=workers,
             on_progress=on_progress,
         )
@@ -261,7 +270,7 @@ def convert_verify(
 
 
 @contextmanager
-def _progress(what: str, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+def _progress(what: str, shown: bool) -> Generator[Callable[[int, int], None] | None]:
     """A bar in bytes on stderr, for people at a terminal."""
     if not shown or not sys.stderr.isatty():
         yield None
@@ -445,9 +454,7 @@ def chat(
 def _chat_template(checkpoint: Path, tokenizer: "Tokenizer") -> "ChatTemplate":
     from exaone_jax.text import ChatTemplate, detect_generation
 
-    config = json.loads(
-        (checkpoint / "config.json").read_text(encoding="utf-8")
-    )  # was checked when the model was loaded
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))  # loading the model has checked it
     own = tokenizer.chat_templates.get("default")
     generation = detect_generation(config, template=own, tokens=tokenizer.control_tokens)
     return ChatTemplate.for_tokenizer(tokenizer, generation)

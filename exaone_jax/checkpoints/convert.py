@@ -92,6 +92,7 @@ def from_hf(
     dry_run: bool = False,
     overwrite: bool = False,
     allow_extra: str | None = None,
+    with_code: bool = False,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> ConvertReport:
@@ -103,6 +104,7 @@ def from_hf(
         dry_run: check everything that headers, config and free space tell; write nothing.
         overwrite: replace a checkpoint at `dst`.
         allow_extra: regular expression; tensors that the configuration lacks and whose full name it matches are carried.
+        with_code: copy `*.py` files too (some old checkpoints carry their model's code); nothing here ever runs them.
         workers: threads. Memory is bounded by about three chunks of at most 16 MiB a worker.
         on_progress: called with (bytes done, bytes in all), one call at a time.
 
@@ -116,7 +118,7 @@ def from_hf(
     if is_native(src):
         raise CheckpointError(f"{src}: is a native checkpoint already, expected a Hugging Face directory")
     with open_hf(src) as directory:
-        manifest, report = _plan_from_hf(directory, dst, allow_extra)
+        manifest, report = _plan_from_hf(directory, dst, allow_extra, with_code)
         report.dry_run, report.workers = dry_run, workers or default_workers()
         check_output(dst, overwrite)
         needed = report.bytes + report.tensors * _CHUNK_OVERHEAD + sum(file.size for file in report.copied)
@@ -134,7 +136,9 @@ def from_hf(
     return report
 
 
-def _plan_from_hf(directory: HFDirectory, dst: Path, allow_extra: str | None) -> tuple[Manifest, ConvertReport]:
+def _plan_from_hf(
+    directory: HFDirectory, dst: Path, allow_extra: str | None, with_code: bool
+) -> tuple[Manifest, ConvertReport]:
     """Everything that can be wrong with the source, asked of its headers and config.json."""
     config = checked_config(directory)
     where = str(directory.path)
@@ -146,7 +150,7 @@ def _plan_from_hf(directory: HFDirectory, dst: Path, allow_extra: str | None) ->
     manifest = _manifest(config, directory.tensors, extra)
     layout = [SourceFile(name, file.header.raw, file.header.file_size) for name, file in directory.files.items()]
     manifest.source = SourceLayout(tuple(layout), directory.index)
-    copied, skipped = small_files(directory.path, frozenset({*directory.files, INDEX_FILE}))
+    copied, skipped = small_files(directory.path, frozenset({*directory.files, INDEX_FILE}), with_code)
     for file in [file for file in copied if file.path.split("/")[0] in RESERVED]:
         copied.remove(file)
         skipped.append(SkippedFile(file.path, "its name belongs to the native form"))
@@ -257,7 +261,8 @@ def to_hf(
         _report_mtp(report, src, native.manifest.has_mtp)
         report.dry_run, report.workers = dry_run, workers or default_workers()
         report.weight_files = list(layout.files)
-        report.copied, report.not_copied = small_files(src, RESERVED)
+        with_code = any(name.endswith(".py") for name in native.manifest.copied)  # it was asked for on the way here
+        report.copied, report.not_copied = small_files(src, RESERVED, with_code)
         report.extra_tensors = [name for name in native.tensors if name not in _mapped(native.config)]
         check_output(dst, overwrite)
         check_free_space(dst, layout.nbytes + sum(file.size for file in report.copied) + _HEADROOM)

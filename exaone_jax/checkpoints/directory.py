@@ -237,13 +237,15 @@ def resolve_inside(root: Path, name: str) -> Path:
     return real
 
 
-def small_files(directory: Path, skip: frozenset[str]) -> tuple[list[SmallFile], list[SkippedFile]]:
+def small_files(
+    directory: Path, skip: frozenset[str], with_code: bool = False
+) -> tuple[list[SmallFile], list[SkippedFile]]:
     """The files that go along with a conversion, and those that do not, with the reason. `skip`: not mentioned at all."""
     kept, skipped = [], []
     for relative in sorted(_walk(directory)):
         if relative.split("/")[0] in skip:
             continue
-        reason = _why_not(directory, relative)
+        reason = _why_not(directory, relative, with_code)
         if reason:
             skipped.append(SkippedFile(relative, reason))
         else:
@@ -259,10 +261,10 @@ def _walk(directory: Path) -> Iterator[str]:
         yield from ((base / name).as_posix() for name in (*files, *links))
 
 
-def _why_not(directory: Path, relative: str) -> str | None:
+def _why_not(directory: Path, relative: str, with_code: bool) -> str | None:
     path = directory / relative
-    if relative.endswith(".py"):
-        return "code is not copied"
+    if relative.endswith(".py") and not with_code:
+        return "code is copied only if asked for"
     if relative.endswith(WEIGHT_SUFFIXES):
         return "weights in another format; pickles may run code"
     if relative.endswith((".safetensors", ".safetensors.index.json")):

@@ -1,4 +1,5 @@
-"""Compare two checkpoints, in any mix of forms: tensor by tensor, bit by bit, and what their configurations compute."""
+"""Compare two checkpoints, in any mix of forms: tensor by tensor, bit by bit, what their configurations compute, and
+the files beside the weights."""
 
 import re
 import threading
@@ -11,10 +12,11 @@ import numpy as np
 
 from exaone_jax.checkpoints.bits import FLOATS, count_nonfinite
 from exaone_jax.checkpoints.copying import OnProgress, copy_tensors, default_workers
-from exaone_jax.checkpoints.directory import CONFIG_FILE, open_hf
+from exaone_jax.checkpoints.directory import CONFIG_FILE, INDEX_FILE, SmallFile, open_hf, resolve_inside, small_files
 from exaone_jax.checkpoints.load import Checkpoint
 from exaone_jax.checkpoints.matching import printable, table, without_mtp
-from exaone_jax.checkpoints.native import NativeDirectory, is_native
+from exaone_jax.checkpoints.names import tensor_map
+from exaone_jax.checkpoints.native import RESERVED, NativeDirectory, is_native
 from exaone_jax.checkpoints.safetensors import Bits, TensorInfo
 from exaone_jax.config.hf import read_config
 from exaone_jax.config.model import ModelConfig
@@ -39,13 +41,16 @@ class TensorDifference:
 
 @dataclass
 class VerifyReport:
-    """What two checkpoints have in common. `ok`: same tensors, same bits, same configuration, and no NaN or infinity.
+    """What two checkpoints have in common. `ok`: `same`, and no NaN or infinity.
 
     Attributes:
         different: tensors whose bits differ, by name, with the count of differing elements.
         examples: the first ten of them in detail.
         mismatched: tensors of different dtype or shape, with both.
         only_in_a, only_in_b: names that the other lacks.
+        missing: names that the configuration has and neither checkpoint.
+        files: files beside the weights (tokenizer, chat template, ...) that both have, with different bytes.
+        files_only_in_a, files_only_in_b: such files that the other lacks; to be known, but no difference of the model.
         config: fields of the configuration that differ, with both values.
         nan, inf: counts by tensor, in whichever of the two has more.
     """
@@ -60,14 +65,19 @@ class VerifyReport:
     mismatched: dict[str, str] = field(default_factory=dict)
     only_in_a: list[str] = field(default_factory=list)
     only_in_b: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    files_only_in_a: list[str] = field(default_factory=list)
+    files_only_in_b: list[str] = field(default_factory=list)
     config: dict[str, str] = field(default_factory=dict)
     nan: dict[str, int] = field(default_factory=dict)
     inf: dict[str, int] = field(default_factory=dict)
 
     @property
     def same(self) -> bool:
-        """The same tensors with the same bits, and the same configuration."""
-        return not (self.different or self.mismatched or self.only_in_a or self.only_in_b or self.config)
+        """Every tensor of the configuration is in both with the same bits, and configurations and files agree."""
+        tensors = self.different or self.mismatched or self.only_in_a or self.only_in_b or self.missing
+        return not (tensors or self.config or self.files)
 
     @property
     def finite(self) -> bool:
@@ -88,6 +98,10 @@ class VerifyReport:
             *table("configuration differs", (f"{name}: {values}" for name, values in self.config.items())),
             *table(f"only in {self.a}", map(printable, self.only_in_a)),
             *table(f"only in {self.b}", map(printable, self.only_in_b)),
+            *table("in neither, though the configuration has them", self.missing),
+            *table("files differ", map(printable, self.files)),
+            *table(f"files only in {self.a}", map(printable, self.files_only_in_a)),
+            *table(f"files only in {self.b}", map(printable, self.files_only_in_b)),
             *table(
                 "different dtype or shape", (f"{printable(name)}: {both}" for name, both in self.mismatched.items())
             ),
@@ -121,7 +135,10 @@ def verify(
         with checkpoint_b:
             report = VerifyReport(str(a), str(b), allow_nonfinite)
             report.config = dict(config_differences(config_a, config_b))
+            _compare_files(checkpoint_a.path, checkpoint_b.path, report)
             common = _compare_headers(checkpoint_a, checkpoint_b, report)
+            found = checkpoint_a.tensors.keys() | checkpoint_b.tensors.keys()
+            report.missing = [tensor.name for tensor in tensor_map(config_a) if tensor.name not in found]
             comparison = _Comparison(checkpoint_b, common, report)
             copy_tensors(
                 checkpoint_a, comparison, common, workers=workers or default_workers(), on_progress=on_progress
@@ -178,6 +195,22 @@ def _compare_headers(a: Checkpoint, b: Checkpoint, report: VerifyReport) -> dict
             common[name] = info
     report.tensors, report.bytes = len(common), sum(info.nbytes for info in common.values())
     return common
+
+
+def _compare_files(a: Path, b: Path, report: VerifyReport) -> None:
+    """The files beside the weights; config.json is compared by its meaning and not here."""
+    files_a, files_b = ({file.path: file.size for file in _beside_weights(path)} for path in (a, b))
+    report.files_only_in_a = [name for name in files_a if name not in files_b]
+    report.files_only_in_b = [name for name in files_b if name not in files_a]
+    for name in files_a.keys() & files_b.keys():
+        sizes_agree = files_a[name] == files_b[name]
+        if not sizes_agree or resolve_inside(a, name).read_bytes() != resolve_inside(b, name).read_bytes():
+            report.files.append(name)
+    report.files.sort()
+
+
+def _beside_weights(path: Path) -> list[SmallFile]:
+    return small_files(path, RESERVED | {CONFIG_FILE, INDEX_FILE})[0]
 
 
 class _Comparison:

@@ -15,6 +15,7 @@ Json = dict[str, Any]
 _Model = TypeVar("_Model", bound=BaseModel)
 _REQUIRED: Any = object()
 _MAX_INTEGER = 2**48
+_MAX_TOKEN_ID = 2**31 - 1
 _MAX_LAYERS = 4096  # stops a damaged config before it allocates
 _MAX_CONFIG_BYTES = 16 << 20  # the largest published config.json is under 20 kB
 
@@ -245,9 +246,9 @@ def _language_model(keys: _Keys, model_type: ModelType, wrapper: Json) -> ModelC
         "max_position_embeddings": keys.integer("max_position_embeddings"),
         "tie_word_embeddings": keys.boolean("tie_word_embeddings", default=False),
         "initializer_range": keys.not_negative("initializer_range", default=0.02),
-        "bos_token_id": keys.integer("bos_token_id", default=None, minimum=0),
+        "bos_token_id": keys.integer("bos_token_id", default=None, minimum=0, maximum=_MAX_TOKEN_ID),
         "eos_token_ids": _eos_token_ids(keys),
-        "pad_token_id": keys.integer("pad_token_id", default=None, minimum=0),
+        "pad_token_id": keys.integer("pad_token_id", default=None, minimum=0, maximum=_MAX_TOKEN_ID),
         "dtype": keys.choice(keys.alias("dtype", "torch_dtype"), _DTYPES, default="bfloat16"),
     }
     return _build(ModelConfig, **fields | wrapper)
@@ -265,10 +266,10 @@ def _refuse_what_we_cannot_compute(keys: _Keys, model_type: ModelType) -> None:
 
 
 def _eos_token_ids(keys: _Keys) -> tuple[int, ...]:
-    expected = "a token id or a list of token ids"
+    expected = "a token id or a list of token ids, each at least 0 and below 2**31"
     value = keys.take("eos_token_id", [], expected, lambda v: _is_int(v) or isinstance(v, list))
     ids = value if isinstance(value, list) else [value]
-    if not all(_is_int(token) and token >= 0 for token in ids):
+    if not all(_is_int(token) and 0 <= token <= _MAX_TOKEN_ID for token in ids):
         raise keys.wrong("eos_token_id", expected)
     return tuple(ids)
 
@@ -299,7 +300,10 @@ def _layers(keys: _Keys, model_type: ModelType) -> tuple[tuple[LayerSpec, ...], 
 
 
 def _windows(keys: _Keys, num_layers: int, sliding_window: int | None) -> list[int | None]:
-    """The window of each layer, None where it attends to everything before it."""
+    """The window of each layer, None where it attends to everything before it.
+
+    sliding_windows win over the scalar, whose default transformers writes beside any list.
+    """
     # The released EXAONE-4.5-33B-FP8 lists its MTP layer as a 65th of 64 layer types.
     types = keys.items("layer_types", num_layers, " or ".join(_LAYER_TYPES), lambda v: v in _LAYER_TYPES, spare=1)
     sizes = keys.items("sliding_windows", num_layers, "an integer of at least 0", lambda v: _is_int(v) and v >= 0)
@@ -347,13 +351,19 @@ def _pattern(keys: _Keys, num_layers: int, sliding_window: int | None) -> list[b
 
 
 def _sparse(keys: _Keys, num_layers: int) -> list[bool]:
-    """Which layers are mixtures of experts: mlp_layer_types, else is_moe_layer, else the first k layers are dense."""
+    """Which layers are mixtures of experts: mlp_layer_types or is_moe_layer, else the first k layers are dense.
+
+    A list wins over the number, as in transformers, which writes the number's default beside any list.
+    """
     kinds = keys.items("mlp_layer_types", num_layers, "dense or sparse", lambda v: v in ("dense", "sparse"))
     flags = keys.items("is_moe_layer", num_layers, "true or false", lambda v: isinstance(v, bool))
     first = keys.integer("first_k_dense_replace", default=None, minimum=0)
     older = keys.integer("first_last_k_dense_replace", default=None, minimum=0)  # its name until transformers 5
     if kinds is not None:
-        return [kind == "sparse" for kind in kinds]
+        sparse = [kind == "sparse" for kind in kinds]
+        if flags is not None and flags != sparse:
+            raise keys.wrong("is_moe_layer", "true exactly where mlp_layer_types says sparse")
+        return sparse
     if flags is not None:
         return flags
     dense = first if first is not None else older
@@ -407,7 +417,7 @@ def _mtp(keys: _Keys, layers: tuple[LayerSpec, ...], sliding_window: int | None)
 def _rope(keys: _Keys) -> tuple[float, Llama3RopeScaling | None]:
     """theta and scaling from `rope_parameters`, nested `rope_scaling`, or flat `rope_theta` beside `rope_scaling`."""
     name = keys.alias("rope_parameters", "rope_scaling")
-    inner = _Keys(keys.raw.get(name) or {}, f"{keys.where}{name}.")
+    inner = _Keys({} if keys.raw.get(name) is None else keys.raw[name], f"{keys.where}{name}.")
     theta = inner.positive("rope_theta", default=None)
     flat = keys.positive("rope_theta", default=_REQUIRED if theta is None else theta)
     if theta is not None and flat != theta:
@@ -466,7 +476,7 @@ def _wrapper_fields(top: _Keys, text: _Keys) -> Json:
         fields["dtype"] = top.choice(name, _DTYPES)
     for key in ("bos_token_id", "pad_token_id"):
         if key in top and key not in text:
-            fields[key] = top.integer(key, minimum=0)
+            fields[key] = top.integer(key, minimum=0, maximum=_MAX_TOKEN_ID)
     if "eos_token_id" in top and "eos_token_id" not in text:
         fields["eos_token_ids"] = _eos_token_ids(top)
     return fields

@@ -139,21 +139,26 @@ def layer_plan(layers: tuple[LayerSpec, ...], max_pattern: int = 8) -> tuple[Seg
     Ties go to the longest first segment, so a sequence of layers has one plan. Dynamic programming from the end.
     """
     n = len(layers)
-    best: list[tuple[int, tuple[Segment, ...]]] = [(0, ())] * (n + 1)
+    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
+    kinds = [numbers[layer] for layer in layers]
+    best = [(0, 0, 0)] * (
+        n + 1
+    )  # from each layer on: the cost, and the end and the size of the first segment's pattern
     for start in range(n - 1, -1, -1):
         options = []
         for size in range(1, min(max_pattern, n - start) + 1):
-            pattern = layers[start : start + size]
-            repeats, end = 0, start
-            while layers[end : end + size] == pattern:
-                repeats, end = repeats + 1, end + size
-                cost, rest = best[end]
-                options.append(
-                    (cost + size + 1, -size * repeats, size, (Segment(pattern=pattern, repeats=repeats), *rest))
-                )
-        cost, _, _, segments = min(options, key=lambda option: option[:3])
-        best[start] = (cost, segments)
-    return best[0][1]
+            pattern, end = kinds[start : start + size], start
+            while kinds[end : end + size] == pattern:
+                end += size
+                options.append((best[end][0] + size + 1, -end, size))
+        cost, end, size = min(options)
+        best[start] = (cost, -end, size)
+    segments, start = [], 0
+    while start < n:
+        _, end, size = best[start]
+        segments.append(Segment(pattern=layers[start : start + size], repeats=(end - start) // size))
+        start = end
+    return tuple(segments)
 
 
 def single_layers(layers: tuple[LayerSpec, ...]) -> tuple[Segment, ...]:

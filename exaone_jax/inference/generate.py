@@ -17,9 +17,8 @@ from exaone_jax.model import KVCache, Transformer
 
 PREFILL_CHUNK = 512  # most tokens of a prompt that one step takes: bounds activations and the rings' size
 _SMALLEST_CHUNK = 16
-_CAPACITY_STEP = (
-    256  # cache capacities are rounded up to this, so that prompts of similar length share a compiled program
-)
+# Cache capacities are rounded up to this, so that prompts of similar length share a compiled program.
+_CAPACITY_STEP = 256
 
 FinishReason = Literal["stop", "length"]
 

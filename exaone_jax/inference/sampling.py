@@ -29,7 +29,7 @@ class SamplingParams(BaseModel):
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
     seed: int = Field(default=0, ge=0, lt=2**32)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False

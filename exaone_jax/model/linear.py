@@ -92,9 +92,23 @@ def _dot_fwd(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 
 def _dot_bwd(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
-    rows = tuple(range(x.ndim - 1))
     dx = _contract(grad, weight.astype(x.dtype), (grad.ndim - 1,), (0,)).astype(x.dtype)
-    return dx, _contract(grad, x, rows, rows).astype(weight.dtype)
+    dweight = jax.lax.platform_dependent(x, grad, cpu=_outer_on_cpu, default=_outer)
+    return dx, dweight.astype(weight.dtype)
+
+
+def _outer(x: jax.Array, grad: jax.Array) -> jax.Array:
+    """The gradient of the weight, `[out, in]`, in float32."""
+    rows = tuple(range(x.ndim - 1))
+    return _contract(grad, x, rows, rows)
+
+
+def _outer_on_cpu(x: jax.Array, grad: jax.Array) -> jax.Array:
+    """XLA:CPU transposes the left side, slowly where it is fused with what made it: let that be the narrower one."""
+    if grad.shape[-1] <= x.shape[-1]:
+        return _outer(x, grad)
+    # Without the barrier XLA folds the transpose into the product and has grad on the left again.
+    return jax.lax.optimization_barrier(_outer(grad, x)).T
 
 
 dot.defvjp(_dot_fwd, _dot_bwd)

@@ -21,8 +21,7 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """What training needs to know of one router: load float32 `[E]`, tokens sent to each expert, and balance_loss, a
-    scalar.
+    """What training needs to know of a router: load float32 `[E]`, tokens sent to each expert, and balance_loss, a scalar.
 
     The loss is the sequence-wise one of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20), without its coefficient:
     sum over experts of f_e P_e, averaged over sequences, with f_e = E / (k T) times the tokens that chose e and P_e

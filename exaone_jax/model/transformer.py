@@ -102,9 +102,15 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """Logits float32 `[B, T, V]` for int32 tokens `[B, T]`; compiled. The arguments are those of `forward`.
 
-        Raises InputError on tokens of another shape or dtype, or ids outside the vocabulary.
+        Raises InputError on tokens of another shape or dtype, ids outside the vocabulary, or positions or segment_ids of
+        another shape than the tokens'.
         """
         tokens = check_tokens(tokens, self.config.vocab_size)
+        for name, array in {"positions": positions, "segment_ids": segment_ids}.items():
+            if array is not None and (array.shape != tokens.shape or not jnp.issubdtype(array.dtype, jnp.integer)):
+                raise InputError(
+                    f"{name} must be integers {list(tokens.shape)} like the tokens, found {array.dtype} {list(array.shape)}"
+                )
         graphdef, params = nnx.split(self)
         return _logits(graphdef, params, tokens, positions, segment_ids)
 

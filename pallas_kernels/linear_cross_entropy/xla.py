@@ -61,41 +61,57 @@ def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
 
 
 def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """bool `[chunk, V]`. A comparison, not a gather: it stays local where V is sharded."""
+    """bool `[chunk, V]`."""
     return jax.lax.broadcasted_iota(labels.dtype, logits.shape, 1) == labels[:, None]
+
+
+def _at_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """logits[i, labels[i]] `[chunk]`; of no meaning where a label is none. A comparison stays local where V is sharded."""
+    return jax.lax.platform_dependent(
+        logits,
+        labels,
+        cpu=lambda logits, labels: jnp.take_along_axis(logits, labels[:, None], axis=1, mode="clip")[:, 0],
+        default=lambda logits, labels: jnp.sum(jnp.where(_is_label(logits, labels), logits, 0), axis=-1),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _chunked(x: jax.Array, weight: jax.Array, rows: Rows, z_loss: float) -> LossAndLse:
     """x `[n, chunk, D]` -> loss and lse `[n, chunk]`."""
+    return jax.lax.map(lambda chunk: _loss(_logits(chunk[0], weight), chunk[1], z_loss), (x, rows))
 
-    def one_chunk(chunk: tuple[jax.Array, Rows]) -> LossAndLse:
-        x, (labels, counts) = chunk
-        logits = _dot(x, weight.astype(x.dtype), 1, 1)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        at_label = jnp.sum(jnp.where(_is_label(logits, labels), logits, 0), axis=-1)
-        known = (labels >= 0) & (labels < weight.shape[0])
-        loss = lse - jnp.where(known, at_label, jnp.nan) + z_loss * lse**2
-        return LossAndLse(jnp.where(counts, loss, 0), jnp.where(counts, lse, 0))
 
-    return jax.lax.map(one_chunk, (x, rows))
+def _logits(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return _dot(x, weight.astype(x.dtype), 1, 1)
+
+
+def _loss(logits: jax.Array, rows: Rows, z_loss: float) -> LossAndLse:
+    labels, counts = rows
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    known = (labels >= 0) & (labels < logits.shape[1])
+    loss = lse - jnp.where(known, _at_label(logits, labels), jnp.nan) + z_loss * lse**2
+    return LossAndLse(jnp.where(counts, loss, 0), jnp.where(counts, lse, 0))
 
 
 def _forward(x: jax.Array, weight: jax.Array, rows: Rows, z_loss: float):
-    out: LossAndLse = _chunked(x, weight, rows, z_loss)
-    return out, (x, weight, rows, out.lse)
+    if x.shape[0] > 1:
+        out: LossAndLse = _chunked(x, weight, rows, z_loss)
+        return out, (x, weight, rows, out.lse, None)
+    logits = _logits(x[0], weight)  # of one chunk they may as well stay in memory until the backward pass
+    out = jax.tree.map(lambda a: a[None], _loss(logits, jax.tree.map(lambda a: a[0], rows), z_loss))
+    return out, (x, weight, rows, out.lse, logits)
 
 
-def _backward(z_loss: float, saved: tuple[jax.Array, jax.Array, Rows, jax.Array], grads: LossAndLse):
+def _backward(z_loss: float, saved: tuple, grads: LossAndLse):
     """d loss / d logits = softmax * (1 + 2 z_loss lse) - onehot, and d lse / d logits = softmax."""
-    x, weight, rows, lse = saved
+    x, weight, rows, lse, kept = saved
 
     def one_chunk(dweight: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:
         x, (labels, counts), lse, (dloss, dlse) = chunk
-        x = jnp.where(counts[:, None], x, 0)
         dloss, dlse = jnp.where(counts, dloss, 0), jnp.where(counts, dlse, 0)
-        logits = _dot(x, weight.astype(x.dtype), 1, 1)
-        # A row that does not count has lse 0 here: its logits are zeros, so nothing overflows.
+        x = jnp.where(counts[:, None], x, 0)
+        # A row that does not count has lse 0: its logits must be zeros, so that nothing overflows.
+        logits = _logits(x, weight) if kept is None else jnp.where(counts[:, None], kept, 0)
         scaled = (dloss * (1 + 2 * z_loss * lse) + dlse)[:, None] * jnp.exp(logits - lse[:, None])
         dlogits = (scaled - jnp.where(_is_label(logits, labels), dloss[:, None], 0)).astype(x.dtype)
         dx = _dot(dlogits, weight.astype(x.dtype), 1, 0).astype(x.dtype)

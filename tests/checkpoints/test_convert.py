@@ -116,7 +116,7 @@ def test_code_and_pickles_stay_behind_and_are_reported(tmp_path: Path):
     (source / "params" / "x").write_bytes(b"x")
     report = convert.from_hf(source, tmp_path / "native")
     assert {file.path: file.reason for file in report.not_copied} == {
-        "modeling_exaone.py": "code is not copied",
+        "modeling_exaone.py": "code is copied only if asked for",
         "optimizer.pt": "weights in another format; pickles may run code",
         "params/x": "its name belongs to the native form",
     }
@@ -124,6 +124,14 @@ def test_code_and_pickles_stay_behind_and_are_reported(tmp_path: Path):
     left_out = {"modeling_exaone.py", "optimizer.pt", "params/x"}
     expected = {name: data for name, data in tree_bytes(source).items() if name not in left_out}
     assert tree_bytes(tmp_path / "back") == expected
+
+
+def test_code_goes_along_where_it_is_asked_for(tmp_path: Path):
+    source = write_checkpoint(tmp_path / "hf", exaone())
+    (source / "modeling_exaone.py").write_text("raise SystemExit")
+    convert.from_hf(source, tmp_path / "native", with_code=True)
+    convert.to_hf(tmp_path / "native", tmp_path / "back")
+    assert tree_bytes(tmp_path / "back") == tree_bytes(source)
 
 
 def test_files_changed_in_between_are_copied_and_reported(tmp_path: Path):

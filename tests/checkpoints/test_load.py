@@ -163,7 +163,7 @@ def test_rows_of_other_devices_are_not_read(tmp_path: Path, monkeypatch: pytest.
         load._reader(directory, embedding, None)((slice(24, 48), slice(0, 32)))
         assert rows == [("model.embed_tokens.weight", 24, 48)]
         rows.clear()
-        load._reader(directory, experts, None)((slice(0, 1), slice(2, 4), slice(0, 24), slice(8, 16)))
+        load._reader(directory, experts, None)((slice(0, 1), slice(2, 4), slice(8, 16), slice(0, 24)))
         assert [row[1:] for row in rows] == [(8, 16), (8, 16)]
         assert ["experts.2." in row[0] or "experts.3." in row[0] for row in rows] == [True, True]
 

@@ -57,7 +57,7 @@ def test_every_tensor_is_mapped_once_and_fills_its_parameter(name: str):
         for size in parameter.stacked:
             count *= size
         assert len(parameter.tensors) == count
-        assert {tensor.unit_shape for tensor in parameter.tensors} == {parameter.shape[len(parameter.stacked) :]}
+        assert {tensor.shape for tensor in parameter.tensors} == {parameter.shape[len(parameter.stacked) :]}
 
 
 def test_k_exaone_names_and_shapes():

@@ -117,6 +117,28 @@ def test_configurations_that_compute_something_else_fail(
     assert field in report.config
 
 
+def test_files_beside_the_weights(pair: tuple[Path, Path], tmp_path: Path):
+    path = Path(shutil.copytree(pair[0], tmp_path / "changed"))
+    (path / "tokenizer.json").write_bytes(pair[0].joinpath("tokenizer.json").read_bytes() + b" ")
+    (path / "LICENSE").unlink()
+    (path / "notes.txt").write_text("mine")
+    report = verify(path, pair[1])
+    assert report.files == ["tokenizer.json"]
+    assert (report.files_only_in_a, report.files_only_in_b) == (["notes.txt"], ["LICENSE"])
+    assert not report.same
+    assert "files differ:" in report.lines()
+    shutil.copy(pair[0] / "tokenizer.json", path)
+    assert verify(path, pair[1]).ok, "a file that one side lacks is reported and no more"
+
+
+def test_a_tensor_that_both_lack(pair: tuple[Path, Path], tmp_path: Path):
+    name = EXPERT.format(2, 0, "gate_proj")
+    path = changed(pair[0], tmp_path, lambda tensors: tensors.pop(name))
+    report = verify(path, path)
+    assert report.missing == [name]
+    assert not report.ok
+
+
 def test_detail(pair: tuple[Path, Path], tmp_path: Path):
     """The report says which element, with both bit patterns, and folds the names."""
 

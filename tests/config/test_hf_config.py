@@ -232,7 +232,7 @@ def test_mlp_priority():
         return [layer.moe for layer in from_hf(tiny(**keys))[0].layers]
 
     kinds, flags = ["sparse", "dense", "dense", "sparse"], [False, False, True, True]
-    assert sparse(mlp_layer_types=kinds, is_moe_layer=flags) == [True, False, False, True]
+    assert sparse(mlp_layer_types=kinds, first_k_dense_replace=3) == [True, False, False, True]
     assert sparse(is_moe_layer=flags) == flags
     assert sparse(first_k_dense_replace=3, first_last_k_dense_replace=1) == [False, False, False, True]
     assert sparse(first_k_dense_replace=DELETE, first_last_k_dense_replace=2) == [False, False, True, True]
@@ -319,6 +319,8 @@ BAD = [
     ({"num_layers": 5}, "num_layers: found 5, expected the same value as num_hidden_layers, 4"),
     ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
     ({"vocab_size": 0}, "vocab_size: found 0"),
+    ({"eos_token_id": [2, 2**31]}, "eos_token_id: found .* expected .* below 2"),
+    ({"pad_token_id": 2**31}, "pad_token_id: found 2147483648, expected .* at most 2147483647"),
     ({"hidden_act": "gelu"}, 'hidden_act: found "gelu", expected "silu"'),
     ({"activation_function": "relu"}, "activation_function"),
     ({"attention_bias": True}, "attention_bias: found true, expected false"),
@@ -339,6 +341,8 @@ BAD = [
     ({"dtype": "float32", "torch_dtype": "bfloat16"}, "torch_dtype: found .* the same value as dtype"),
     ({"rope_parameters": DELETE}, "rope_theta: missing"),
     ({"rope_parameters": "default"}, "rope_parameters: found"),
+    ({"rope_parameters": []}, "rope_parameters: found"),
+    ({"rope_parameters": 0}, "rope_parameters: found"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r'rope_parameters.rope_type: found "yarn"'),
     ({"rope_parameters": {"type": "linear", "rope_theta": 1e4}}, r'rope_parameters.type: found "linear"'),
     ({"rope_parameters": ROPE}, r"rope_parameters.factor: missing"),
@@ -375,6 +379,10 @@ BAD = [
     ({"mlp_layer_types": ["dense"] * 3}, "mlp_layer_types: found 3 entries"),
     ({"mlp_layer_types": ["dense", "moe", "moe", "moe"]}, "mlp_layer_types: found"),
     ({"is_moe_layer": [0, 1, 1, 1]}, "is_moe_layer: found"),
+    (
+        {"mlp_layer_types": ["dense", *["sparse"] * 3], "is_moe_layer": [False, True, True, False]},
+        "is_moe_layer: found .* expected true exactly where mlp_layer_types says sparse",
+    ),
     ({"first_k_dense_replace": DELETE}, "mlp_layer_types: missing"),
     ({"num_experts": DELETE}, "num_experts: missing"),
     ({"num_experts": 0}, "num_experts: found 0"),
