@@ -3,9 +3,9 @@
     python benchmarks/grouped_matmul_cpu.py [--rows 4096] [--dtype float32] [--rounds 15] [--ragged]
 
 Times are the least of the rounds, and the products of a line are timed in turn. A ratio is to the dense product of the same
-rows with one matrix: `x @ w`, for dX `grad @ w.T`, for dW `x.T @ grad`. `floor` is the time to fill the `[G, K, N]` weight
-gradient with zeros, on the same scale as dW. A decode step (few rows, many groups) is bound by reading matrices: its figure
-is the time for each group that has rows.
+rows with one matrix, all in the layout of checkpoints, `[N, K]`: `x @ w.T`, for dX `grad @ w`, for dW `grad.T @ x`. `floor`
+is the time to fill the `[G, N, K]` weight gradient with zeros, on the same scale as dW. A decode step (few rows, many groups)
+is bound by reading matrices: its figure is the time for each group that has rows.
 """
 
 import argparse
@@ -63,18 +63,18 @@ def dense(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 def measure(kind: str, num_groups: int, num_rows: int, dtype: jnp.dtype, rounds: int, ragged: bool) -> dict[str, float]:
     keys = jax.random.split(jax.random.key(0), 3)
     x, grad = jax.random.normal(keys[0], (num_rows, K), dtype), jax.random.normal(keys[1], (num_rows, N), dtype)
-    rhs = jax.random.normal(keys[2], (num_groups, K, N), dtype)
+    rhs = jax.random.normal(keys[2], (num_groups, N, K), dtype)
     w, sizes = rhs[0], group_sizes(kind, num_groups, num_rows)
     nn, nt, tn = (jax.jit(functools.partial(dense, axes=axes)) for axes in ((1, 0), (1, 1), (0, 0)))
-    forward = jax.jit(functools.partial(grouped_matmul, implementation="xla"))
+    forward = jax.jit(functools.partial(grouped_matmul, transpose_rhs=True, implementation="xla"))
     # The two gradients apart, as the backward pass runs them.
-    dx = jax.jit(lambda g, r, s: xla._product(g, r, s, dtype, True))
-    dw = jax.jit(lambda a, g, s: xla._outer(a, g, s, dtype))
+    dx = jax.jit(lambda g, r, s: xla._product(g, r, s, dtype, False))
+    dw = jax.jit(lambda a, g, s: xla._outer(g, a, s, dtype))
     zeros = jax.jit(lambda value: jnp.zeros(rhs.shape, dtype) + value)
     calls: dict[str, Callable[[], object]] = {
-        "nn": lambda: nn(x, w),
-        "nt": lambda: nt(grad, w),
-        "tn": lambda: tn(x, grad),
+        "nt": lambda: nt(x, w),
+        "nn": lambda: nn(grad, w),
+        "tn": lambda: tn(grad, x),
         "forward": lambda: forward(x, rhs, sizes),
         "dX": lambda: dx(grad, rhs, sizes),
         "dW": lambda: dw(x, grad, sizes),
@@ -83,7 +83,7 @@ def measure(kind: str, num_groups: int, num_rows: int, dtype: jnp.dtype, rounds:
     ms = least_ms(calls, rounds)
     if ragged:
         plain = jax.jit(jax.lax.ragged_dot)
-        ms["ragged_dot"] = least_ms({"ragged_dot": lambda: plain(x, rhs, sizes)}, 3)["ragged_dot"]
+        ms["ragged_dot"] = least_ms({"ragged_dot": lambda: plain(x, jnp.swapaxes(rhs, 1, 2), sizes)}, 3)["ragged_dot"]
     return ms
 
 
@@ -95,12 +95,12 @@ def training_table(args: argparse.Namespace) -> None:
         for kind in KINDS:
             ms = measure(kind, num_groups, args.rows, jnp.dtype(args.dtype), args.rounds, args.ragged)
             used = int(jnp.sum(group_sizes(kind, num_groups, args.rows) > 0))
-            ratios = [ms["forward"] / ms["nn"], ms["dX"] / ms["nt"], ms["dW"] / ms["tn"], ms["floor"] / ms["tn"]]
+            ratios = [ms["forward"] / ms["nt"], ms["dX"] / ms["nn"], ms["dW"] / ms["tn"], ms["floor"] / ms["tn"]]
             ratios.append((ms["forward"] + ms["dX"] + ms["dW"]) / (ms["nn"] + ms["nt"] + ms["tn"]))
             if args.ragged:
-                ratios.append(ms["ragged_dot"] / ms["nn"])
+                ratios.append(ms["ragged_dot"] / ms["nt"])
             line = " ".join(f"{ratio:6.2f}" for ratio in ratios)
-            print(f"{args.rows:5} {num_groups:4} {used:4} {kind:<11} {ms['nn']:6.2f}ms | {line}", flush=True)
+            print(f"{args.rows:5} {num_groups:4} {used:4} {kind:<11} {ms['nt']:6.2f}ms | {line}", flush=True)
 
 
 def decode_table(args: argparse.Namespace) -> None:
@@ -111,7 +111,7 @@ def decode_table(args: argparse.Namespace) -> None:
         used = int(jnp.sum(group_sizes("random", num_groups, num_rows) > 0))
         line = f"{ms['forward']:6.2f}ms {1e3 * ms['forward'] / used:8.0f}us"
         ragged = f"{ms['ragged_dot']:10.1f}ms" if args.ragged else ""
-        print(f"{num_rows:5} {num_groups:4} {used:4} {ms['nn']:6.2f}ms | {line} {ragged}", flush=True)
+        print(f"{num_rows:5} {num_groups:4} {used:4} {ms['nt']:6.2f}ms | {line} {ragged}", flush=True)
 
 
 def main() -> None:

@@ -164,18 +164,32 @@ def _options(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A published model's name, a config.json or a checkpoint directory.")],
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXIS=SIZE,...", help="Also show how each parameter is split over a mesh, as fsdp=8,tensor=4."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show a model's layers, parameters, tensors, bytes and KV cache; reads no weights."""
     from exaone_jax.planning.inspect import inspect_model, render
 
     inspection = inspect_model(model)
+    found, tables = inspection.to_dict(), [render(inspection)]
+    if mesh is not None:
+        from exaone_jax.parallel import MeshShape
+        from exaone_jax.planning import sharding
+
+        sharded = sharding.shard_model(inspection.config, MeshShape.parse(mesh))
+        found["sharding"] = sharded.to_dict()
+        tables.append(sharding.render(sharded))
     if as_json:
-        _print_json(inspection.to_dict())
+        _print_json(found)
         return
     from rich.console import Console
 
-    Console().print(render(inspection))
+    Console().print(*tables)
 
 
 Source = Annotated[Path, typer.Argument(help="The checkpoint to read.", show_default=False)]

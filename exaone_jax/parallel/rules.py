@@ -6,7 +6,7 @@ from typing import cast
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from exaone_jax.errors import ConfigError
 from exaone_jax.model.linear import Axes
@@ -35,7 +35,9 @@ RULES: Rules = {
 }
 
 
-def partition_spec(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
+def partition_spec(
+    name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh, rules: Rules = RULES
+) -> PartitionSpec:
     """How an array of this shape and these logical axes is split over the mesh.
 
     Mesh axes of size one are left out, so a spec says what is really split.
@@ -68,7 +70,7 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh, ru
 
 
 def parameter_shardings(
-    state: nnx.State, mesh: Mesh, rules: Rules = RULES
+    state: nnx.State, mesh: Mesh | AbstractMesh, rules: Rules = RULES
 ) -> dict[tuple[str | int, ...], NamedSharding]:
     """The sharding of every parameter of a model (arrays or shapes), by its path. Raises ConfigError as partition_spec."""
     shardings = {}

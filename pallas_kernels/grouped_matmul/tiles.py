@@ -19,7 +19,7 @@ _BATCH = 4
 # Measured, in units of a row's arithmetic: what a tile (copying and packing its matrix) or a head costs beside its rows.
 _TILE_OVERHEAD = 40
 _HEAD_OVERHEAD = 24
-_LARGEST_HEAD = 64
+_LARGEST_HEAD = 128
 _FEW_ROWS = 128
 # Below this much arithmetic (about 0.1 ms, what the loops' steps cost) and this many weights every group takes every row:
 # then no loop is compiled either, which takes a second or two of each program.
