@@ -1,5 +1,7 @@
 """SwiGLU feed-forward."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,8 +9,12 @@ from flax import nnx
 from exaone_jax.model.linear import Linear, ParamFactory
 
 
+@partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def swiglu(gate: jax.Array, up: jax.Array, limit: float | None) -> jax.Array:
-    """silu(gate) * up. With a limit the pre-activations are clamped first, the gate from above only (K-EXAONE 2.0)."""
+    """silu(gate) * up. With a limit the pre-activations are clamped first, the gate from above only (K-EXAONE 2.0).
+
+    The backward pass keeps gate and up alone and computes what lies between again: a few operations against three arrays.
+    """
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return jax.nn.silu(gate) * up
