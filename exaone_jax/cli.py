@@ -175,21 +175,18 @@ def inspect(
     """Show a model's layers, parameters, tensors, bytes and KV cache; reads no weights."""
     from exaone_jax.planning.inspect import inspect_model, render
 
-    inspection = inspect_model(model)
-    found, tables = inspection.to_dict(), [render(inspection)]
+    inspection, sharded = inspect_model(model), None
     if mesh is not None:
         from exaone_jax.parallel import MeshShape
-        from exaone_jax.planning import sharding
+        from exaone_jax.planning.sharding import shard_model
 
-        sharded = sharding.shard_model(inspection.config, MeshShape.parse(mesh))
-        found["sharding"] = sharded.to_dict()
-        tables.append(sharding.render(sharded))
+        sharded = shard_model(inspection.config, MeshShape.parse(mesh))
     if as_json:
-        _print_json(found)
+        _print_json(inspection.to_dict() | ({} if sharded is None else {"sharding": sharded.to_dict()}))
         return
     from rich.console import Console
 
-    Console().print(*tables)
+    Console().print(render(inspection), *([] if sharded is None else [sharded.render()]))
 
 
 Source = Annotated[Path, typer.Argument(help="The checkpoint to read.", show_default=False)]

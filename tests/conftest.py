@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import pytest
 
 
 def _share_cores() -> None:
@@ -33,3 +34,14 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For tests that compile much and compute little: half the time of a compile is optimisation that they do not need."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

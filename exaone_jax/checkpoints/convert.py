@@ -39,6 +39,7 @@ from exaone_jax.checkpoints.native import (
     SourceLayout,
     check_carried_dtype,
     check_carried_name,
+    files_beside_weights,
     is_native,
 )
 from exaone_jax.checkpoints.safetensors import TensorInfo, parse_header
@@ -412,7 +413,7 @@ def _save(
 
 
 def _extra_files(path: Path) -> tuple[list[SmallFile], list[SkippedFile]]:
-    copied, skipped = small_files(path, RESERVED | {CONFIG_FILE, INDEX_FILE})
+    copied, skipped = files_beside_weights(path)
     return copied, [file for file in skipped if not file.path.endswith(".safetensors")]
 
 

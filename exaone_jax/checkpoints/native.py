@@ -26,7 +26,15 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from exaone_jax.checkpoints.atomic import storage_errors, write_new
 from exaone_jax.checkpoints.bits import as_bits
-from exaone_jax.checkpoints.directory import CONFIG_FILE, is_shard_name
+from exaone_jax.checkpoints.directory import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    SkippedFile,
+    SmallFile,
+    is_shard_name,
+    small_files,
+)
+from exaone_jax.checkpoints.matching import printable
 from exaone_jax.checkpoints.names import Parameter, ParameterPath, parameters, path_name, tensor_map
 from exaone_jax.checkpoints.safetensors import DTYPE_BITS, Bits, TensorInfo
 from exaone_jax.config.hf import read_config
@@ -316,6 +324,11 @@ class NativeDirectory:
         self.close()
 
 
+def files_beside_weights(path: Path) -> tuple[list[SmallFile], list[SkippedFile]]:
+    """`small_files` of a checkpoint in either form, less its config.json, which callers compare or write by its meaning."""
+    return small_files(path, RESERVED | {CONFIG_FILE, INDEX_FILE})
+
+
 def is_native(path: Path | str) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
@@ -339,7 +352,7 @@ def _read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{where}: damaged: {ascii(key)[1:-1]}: {first['msg']}") from error
+        raise CheckpointError(f"{where}: damaged: {printable(key)}: {first['msg']}") from error
     except FileNotFoundError as error:
         raise CheckpointError(f"{where}: damaged: {error}") from error
 

@@ -1,6 +1,7 @@
 """Compare two checkpoints, in any mix of forms: tensor by tensor, bit by bit, what their configurations compute, and
 the files beside the weights."""
 
+import filecmp
 import re
 import threading
 from collections.abc import Iterator
@@ -12,11 +13,11 @@ import numpy as np
 
 from exaone_jax.checkpoints.bits import FLOATS, count_nonfinite
 from exaone_jax.checkpoints.copying import OnProgress, copy_tensors, default_workers
-from exaone_jax.checkpoints.directory import CONFIG_FILE, INDEX_FILE, SmallFile, open_hf, resolve_inside, small_files
+from exaone_jax.checkpoints.directory import CONFIG_FILE, open_hf, resolve_inside
 from exaone_jax.checkpoints.load import Checkpoint
 from exaone_jax.checkpoints.matching import printable, table, without_mtp
 from exaone_jax.checkpoints.names import tensor_map
-from exaone_jax.checkpoints.native import RESERVED, NativeDirectory, is_native
+from exaone_jax.checkpoints.native import NativeDirectory, files_beside_weights, is_native
 from exaone_jax.checkpoints.safetensors import Bits, TensorInfo
 from exaone_jax.config.hf import read_config
 from exaone_jax.config.model import ModelConfig
@@ -199,18 +200,13 @@ def _compare_headers(a: Checkpoint, b: Checkpoint, report: VerifyReport) -> dict
 
 def _compare_files(a: Path, b: Path, report: VerifyReport) -> None:
     """The files beside the weights; config.json is compared by its meaning and not here."""
-    files_a, files_b = ({file.path: file.size for file in _beside_weights(path)} for path in (a, b))
+    files_a, files_b = ([file.path for file in files_beside_weights(path)[0]] for path in (a, b))
     report.files_only_in_a = [name for name in files_a if name not in files_b]
     report.files_only_in_b = [name for name in files_b if name not in files_a]
-    for name in files_a.keys() & files_b.keys():
-        sizes_agree = files_a[name] == files_b[name]
-        if not sizes_agree or resolve_inside(a, name).read_bytes() != resolve_inside(b, name).read_bytes():
-            report.files.append(name)
-    report.files.sort()
-
-
-def _beside_weights(path: Path) -> list[SmallFile]:
-    return small_files(path, RESERVED | {CONFIG_FILE, INDEX_FILE})[0]
+    both = (name for name in files_a if name in files_b)
+    report.files = [
+        name for name in both if not filecmp.cmp(resolve_inside(a, name), resolve_inside(b, name), shallow=False)
+    ]
 
 
 class _Comparison:

@@ -100,6 +100,9 @@ class _Keys:
         expected = f"an integer of at least {minimum}" + (f" and at most {maximum}" if maximum < _MAX_INTEGER else "")
         return self.take(key, default, expected, lambda v: _is_int(v) and minimum <= v <= maximum)
 
+    def token_id(self, key: str) -> Any:
+        return self.integer(key, default=None, minimum=0, maximum=_MAX_TOKEN_ID)
+
     def positive(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self.take(key, default, "a number greater than 0", lambda v: _is_number(v) and v > 0)
         return value if value is None else float(value)
@@ -246,9 +249,9 @@ def _language_model(keys: _Keys, model_type: ModelType, wrapper: Json) -> ModelC
         "max_position_embeddings": keys.integer("max_position_embeddings"),
         "tie_word_embeddings": keys.boolean("tie_word_embeddings", default=False),
         "initializer_range": keys.not_negative("initializer_range", default=0.02),
-        "bos_token_id": keys.integer("bos_token_id", default=None, minimum=0, maximum=_MAX_TOKEN_ID),
+        "bos_token_id": keys.token_id("bos_token_id"),
         "eos_token_ids": _eos_token_ids(keys),
-        "pad_token_id": keys.integer("pad_token_id", default=None, minimum=0, maximum=_MAX_TOKEN_ID),
+        "pad_token_id": keys.token_id("pad_token_id"),
         "dtype": keys.choice(keys.alias("dtype", "torch_dtype"), _DTYPES, default="bfloat16"),
     }
     return _build(ModelConfig, **fields | wrapper)
@@ -476,7 +479,7 @@ def _wrapper_fields(top: _Keys, text: _Keys) -> Json:
         fields["dtype"] = top.choice(name, _DTYPES)
     for key in ("bos_token_id", "pad_token_id"):
         if key in top and key not in text:
-            fields[key] = top.integer(key, minimum=0, maximum=_MAX_TOKEN_ID)
+            fields[key] = top.token_id(key)
     if "eos_token_id" in top and "eos_token_id" not in text:
         fields["eos_token_ids"] = _eos_token_ids(top)
     return fields

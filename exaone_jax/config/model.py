@@ -141,9 +141,8 @@ def layer_plan(layers: tuple[LayerSpec, ...], max_pattern: int = 8) -> tuple[Seg
     n = len(layers)
     numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
     kinds = [numbers[layer] for layer in layers]
-    best = [(0, 0, 0)] * (
-        n + 1
-    )  # from each layer on: the cost, and the end and the size of the first segment's pattern
+    # From each layer on: the cost, where the first segment ends, and the size of its pattern.
+    best = [(0, 0, 0)] * (n + 1)
     for start in range(n - 1, -1, -1):
         options = []
         for size in range(1, min(max_pattern, n - start) + 1):

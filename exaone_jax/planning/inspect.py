@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exaone_jax.checkpoints import names
-from exaone_jax.checkpoints.matching import checked_quantization, collapse
+from exaone_jax.checkpoints.matching import checked_quantization, collapse, printable
 from exaone_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
 from exaone_jax.config import LayerSpec, ModelConfig, layer_plan, published, read_config_and_extra
 from exaone_jax.errors import CheckpointError
@@ -372,7 +372,7 @@ def _checkpoint_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     ]
     for label in ("missing", "unexpected", "mismatched"):
         names_found = getattr(checkpoint, label)
-        lines = collapse(ascii(name)[1:-1] for name in names_found)  # a header may hold terminal escapes
+        lines = collapse(map(printable, names_found))
         if lines:
             more = f", and {len(lines) - 3:,} rows more" if len(lines) > 3 else ""
             rows.append((f"  {label}", f"{len(names_found):,}: {', '.join(lines[:3])}{more}"))

@@ -51,6 +51,24 @@ class ShardedModel:
             "parameters": [asdict(parameter) for parameter in self.parameters],
         }
 
+    def render(self) -> RenderableType:
+        """The table for people."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=f"{self.mesh}: {self.devices:,} devices")
+        for name in ("parameter", "shape", "split over"):
+            table.add_column(name, overflow="fold")
+        table.add_column("bytes a device", justify="right")
+        for parameter in self.parameters:
+            split = ", ".join("-" if axes is None else "x".join(axes) for axes in parameter.spec)
+            shape = ", ".join(map(str, parameter.shape))
+            cells = (parameter.name, f"{parameter.dtype} [{shape}]", f"[{split}]", f"{parameter.bytes_per_device:,}")
+            table.add_row(*map(escape, cells))
+        table.add_section()
+        table.add_row("in all", "", "", f"{self.bytes_per_device:,}")
+        return table
+
 
 def shard_model(config: ModelConfig, mesh: MeshShape) -> ShardedModel:
     """The parameters of a model in its own dtype on a mesh of this shape.
@@ -71,22 +89,3 @@ def shard_model(config: ModelConfig, mesh: MeshShape) -> ShardedModel:
         size = sharded_bytes(value, sharding)
         parameters.append(ShardedParameter(path_name(path), str(value.dtype), value.shape, spec, size))
     return ShardedModel(mesh, math.prod(sizes), tuple(parameters))
-
-
-def render(sharded: ShardedModel) -> RenderableType:
-    """The table for people."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"{sharded.mesh}: {sharded.devices:,} devices")
-    for name in ("parameter", "shape", "split over"):
-        table.add_column(name, overflow="fold")
-    table.add_column("bytes a device", justify="right")
-    for parameter in sharded.parameters:
-        split = ", ".join("-" if axes is None else "x".join(axes) for axes in parameter.spec)
-        shape = ", ".join(map(str, parameter.shape))
-        cells = (parameter.name, f"{parameter.dtype} [{shape}]", f"[{split}]", f"{parameter.bytes_per_device:,}")
-        table.add_row(*map(escape, cells))
-    table.add_section()
-    table.add_row("in all", "", "", f"{sharded.bytes_per_device:,}")
-    return table

@@ -24,14 +24,7 @@ LENGTH, VOCAB, CHUNK = 40, 23, 20
 # differences of 1e-5 in logits of size 1 to 5. What these tests look for (a key too many, a position off) gives 0.01 up.
 TOLERANCE = 2e-4
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """These tests compile much and compute little: half the time of a compile is optimisation that they do not need."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 SPECS = st.builds(
