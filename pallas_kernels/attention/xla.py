@@ -178,7 +178,9 @@ def _tile(
     return _Tile(jnp.where(seen[:, None], k, 0), jnp.where(seen[:, None], v, 0), mask)
 
 
-def _over_tiles(plan: _Plan, rows: _Rows, body: Callable[[Array, Any, bool], Any], carry: Any) -> Any:
+def _over_tiles(
+    plan: _Plan, rows: _Rows, key_segments: Array | None, body: Callable[[Array, Any, bool], Any], carry: Any
+) -> Any:
     """Folds `body(start, carry, masked)` over the key tiles that the query block can see."""
     first, last = rows.first, rows.last
     start = jnp.int32(0) if plan.window is None else jnp.clip(first - plan.window + 1, 0, plan.num_keys)
@@ -187,21 +189,38 @@ def _over_tiles(plan: _Plan, rows: _Rows, body: Callable[[Array, Any, bool], Any
     end = jnp.clip(last + 1, 0, plan.num_keys) if plan.causal else jnp.int32(plan.num_keys)
     count = jnp.maximum(0, -((start - end) // plan.block_k))
 
-    def run(low: Array, high: Array, masked: bool, carry: Any) -> Any:
+    def run(low: Array, high: Array, body: Callable[[Array, Any, bool], Any], masked: bool, carry: Any) -> Any:
         return jax.lax.fori_loop(low, high, lambda j, c: body(start + j * plan.block_k, c, masked), carry)
 
     zero = jnp.int32(0)
-    if plan.segmented:
-        return run(zero, count, True, carry)
+    if key_segments is not None:
+
+        def either(start: Array, carry: Any, _: bool) -> Any:
+            clear = _sees_all(plan, rows, key_segments, start)
+            return jax.lax.cond(clear, lambda c: body(start, c, False), lambda c: body(start, c, True), carry)
+
+        return run(zero, count, either, True, carry)
     # Tiles before `low` cross the window's edge, tiles from `high` on cross the diagonal or the end.
     clear = jnp.clip(first + 1, 0, plan.num_keys) if plan.causal else jnp.int32(plan.num_keys)
     low = zero
     if plan.window is not None:
         low = jnp.minimum(count, jnp.maximum(0, -((start - (last - plan.window + 1)) // plan.block_k)))
-        carry = run(zero, low, True, carry)
+        carry = run(zero, low, body, True, carry)
     high = jnp.clip((clear - start) // plan.block_k, low, count)
-    carry = run(low, high, False, carry)
-    return run(high, count, True, carry)
+    carry = run(low, high, body, False, carry)
+    return run(high, count, body, True, carry)
+
+
+def _sees_all(plan: _Plan, rows: _Rows, key_segments: Array, start: Array) -> Array:
+    """Whether every row sees every key of the tile, so that it needs no mask: most tiles of long documents."""
+    keys = jax.lax.dynamic_slice_in_dim(key_segments, start, plan.block_k)
+    end = start + plan.block_k
+    clear = (end <= plan.num_keys) & jnp.all(keys == keys[0]) & jnp.all(rows.segment == keys[0])
+    if plan.causal:
+        clear &= end <= rows.first + 1
+    if plan.window is not None:
+        clear &= rows.last - plan.window < start
+    return clear
 
 
 def _dot(spec: str, a: Array, b: Array) -> Array:
@@ -245,7 +264,7 @@ def _forward(plan: _Plan, q: Array, k: Array, v: Array, q_offset: Array, segment
             rows = _rows(plan, offset, index, block_segments)
             step = functools.partial(tile_step, rows, q_block, (k_head, v_head, key_segments))
             init = (jnp.full((height, 1), _HIDDEN), jnp.zeros((height, 1)), jnp.zeros((height, dim)))
-            peak, total, out = _over_tiles(plan, rows, step, init)
+            peak, total, out = _over_tiles(plan, rows, key_segments, step, init)
             empty = total == 0
             safe = jnp.where(empty, 1.0, total)
             return (out / safe).astype(q.dtype), jnp.where(empty, -jnp.inf, peak + jnp.log(safe))
@@ -301,7 +320,8 @@ def _backward(plan: _Plan, residuals: Any, grads: tuple[Array, Array]) -> Any:
             q_block, d_block, lse_block, shift_block = block_xs
             block_xs = (q_block, d_block, lse_block[:, 0], shift_block[:, 0])
             step = functools.partial(tile_step, rows, block_xs, (k_head, v_head, key_segments))
-            d_q, d_k, d_v = _over_tiles(plan, rows, step, (jnp.zeros((height, dim)), *carry))
+            carry = (jnp.zeros((height, dim)), *carry)
+            d_q, d_k, d_v = _over_tiles(plan, rows, key_segments, step, carry)
             return (d_k, d_v), (d_q * plan.scale).astype(q.dtype)
 
         zeros = jnp.zeros(k_head.shape, jnp.float32)
