@@ -14,8 +14,9 @@ from exaone_jax.checkpoints.names import ParameterPath
 from exaone_jax.errors import InputError
 from exaone_jax.inference.text import generate, remember_source
 from exaone_jax.model import Transformer
+from exaone_jax.model.placement import ONE_DEVICE
 from exaone_jax.model.relayout import with_layers
-from exaone_jax.parallel import RULES, Rules, parameter_shardings
+from exaone_jax.parallel import RULES, Rules, parameter_shardings, place
 
 __all__ = ["generate", "load"]
 
@@ -34,7 +35,7 @@ def load(
 
     Args:
         path: the directory.
-        dtype: "float32", "bfloat16" or "float16", of weights and activations; None: the checkpoint's own. The router
+        dtype: "float32", "bfloat16" or "float16", of weights and activations; None: what config.json says. The router
             bias is float32 always.
         mesh: from `exaone_jax.parallel.make_mesh`: every device reads its own part of each array, and no host holds a whole
             one that is split. None: the default device.
@@ -50,9 +51,12 @@ def load(
     config, checkpoint = open_checkpoint(Path(path))
     with checkpoint:
         compute = jnp.dtype(dtype or config.dtype)
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype=compute, rngs=nnx.Rngs(0))))
+        placement = ONE_DEVICE if mesh is None else place(config, mesh, rules)
+        graphdef, state = nnx.split(
+            nnx.eval_shape(lambda: Transformer(config, dtype=compute, rngs=nnx.Rngs(0), placement=placement))
+        )
         shardings = None if mesh is None else parameter_shardings(state, mesh, rules)
-        params = read_open(config, checkpoint, dtype=dtype, mesh_shardings=shardings)
+        params = read_open(config, checkpoint, dtype=compute, mesh_shardings=shardings)
     filled = [(key, leaf.replace(params.pop(cast(ParameterPath, key)))) for key, leaf in nnx.to_flat_state(state)]
     model = nnx.merge(graphdef, nnx.from_flat_state(filled))
     scan = (mesh is not None or jax.default_backend() != "cpu") if scan_layers is None else scan_layers

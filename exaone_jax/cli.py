@@ -50,6 +50,14 @@ DtypeOption = Annotated[
     Dtype | None,
     typer.Option(help="Of weights and activations; the checkpoint's own if not given.", show_default=False),
 ]
+MeshOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXIS=SIZE,...",
+        help="Spread the model over all devices, as fsdp=4,tensor=2; the default device alone if not given.",
+        show_default=False,
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens; 0 is off.")]
@@ -68,7 +76,8 @@ Mtp = Annotated[
     bool,
     typer.Option(
         "--mtp/--no-mtp",
-        help="Draft with the MTP layer and verify: the same greedy text, and the same distribution otherwise.",
+        help="Draft with the MTP layer and verify: the same greedy text (in bfloat16, up to near ties), and the same "
+        "distribution otherwise.",
     ),
 ]
 
@@ -330,6 +339,7 @@ def generate(
     seed: Seed = 0,
     mtp: Mtp = False,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text."""
@@ -349,7 +359,7 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    model = exaone_jax.load(checkpoint, dtype=dtype)
+    model = _load(checkpoint, dtype, mesh)
     tokenizer, drafts = tokenizer_of(model), _draft_tokens(model, mtp)
     if not as_json:
         for piece in stream(model, tokenizer, text, params, drafts):
@@ -369,16 +379,29 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         raise InputError("prompt: none; give it as an argument, with --prompt-file or on standard input")
     try:
         if file is not None:
-            prompt = file.read_text(encoding="utf-8")
+            prompt = _decoded(file.read_bytes())
         elif prompt is None:
-            prompt = sys.stdin.buffer.read().decode("utf-8")
+            prompt = _decoded(sys.stdin.buffer.read())
     except OSError as error:
         raise InputError(f"prompt file {file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"prompt: not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}") from error
     if not prompt:
         raise InputError("prompt: empty; expected at least one character")
     return prompt
+
+
+def _decoded(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompt: not UTF-8 text: byte {text[error.start]:#04x} at {error.start}") from error
+
+
+def _load(checkpoint: Path, dtype: Dtype | None, mesh: str | None) -> "Transformer":
+    if mesh is None:
+        return exaone_jax.load(checkpoint, dtype=dtype)
+    from exaone_jax.parallel import MeshShape, make_mesh
+
+    return exaone_jax.load(checkpoint, dtype=dtype, mesh=make_mesh(MeshShape.parse(mesh)))
 
 
 def _draft_tokens(model: "Transformer", mtp: bool) -> int:
@@ -417,6 +440,7 @@ def chat(
     seed: Seed = 0,
     mtp: Mtp = False,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
     as_json: Json = False,
 ) -> None:
     """Talk with a model: each line of standard input is a turn, /clear forgets what was said, the end of input ends it.
@@ -439,27 +463,38 @@ def chat(
     given = {name: value for name, value in given.items() if value is not None}
     fields = {"max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "seed": seed}
     sampling_params(**fields, **given)  # what is wrong is said before the weights are read
-    model = exaone_jax.load(checkpoint, dtype=dtype)
+    model = _load(checkpoint, dtype, mesh)
     params = sampling_params(**fields, **(recommended_sampling(model) | given))
     tokenizer, drafts = tokenizer_of(model), _draft_tokens(model, mtp)
     template = _chat_template(checkpoint, tokenizer)
     opening = [{"role": "system", "content": system}] if system is not None else []
     messages = list(opening)
+    failed = 0
     for line in _turns():
-        if line == "/clear":
+        if line == b"/clear":
             messages = list(opening)
             continue
-        messages.append({"role": "user", "content": line})
-        events = stream_chat(
-            model, tokenizer, template, messages, params, enable_thinking=thinking, draft_tokens=drafts
-        )
         try:
+            asked = [*messages, {"role": "user", "content": _decoded(line)}]
+            events = stream_chat(
+                model, tokenizer, template, asked, params, enable_thinking=thinking, draft_tokens=drafts
+            )
             answer = _show_answer(events, as_json)
         except InputError as error:  # such as a conversation that has outgrown the context: this turn did not happen
-            messages.pop()
-            _fail(type(error).__name__, f"{error} (/clear starts anew)", error.exit_code, as_json)
+            failed = _fail_turn(error, as_json)
             continue
-        messages.append({"role": "assistant", "content": answer})
+        messages = [*asked, {"role": "assistant", "content": answer}]
+    if failed and not sys.stdin.isatty():
+        raise typer.Exit(failed)
+
+
+def _fail_turn(error: InputError, as_json: bool) -> int:
+    if as_json:  # one line, as an answer is
+        fault = {"type": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+        _show(json.dumps({"error": fault}, ensure_ascii=False) + "\n")
+    else:
+        _say(f"error: {error} (/clear starts anew)")
+    return error.exit_code
 
 
 def _chat_template(checkpoint: Path, tokenizer: "Tokenizer") -> "ChatTemplate":
@@ -471,17 +506,17 @@ def _chat_template(checkpoint: Path, tokenizer: "Tokenizer") -> "ChatTemplate":
     return ChatTemplate.for_tokenizer(tokenizer, generation)
 
 
-def _turns() -> Iterator[str]:
+def _turns() -> Iterator[bytes]:
     """The lines a person says, empty ones left out."""
     while True:
         if sys.stdin.isatty():
             sys.stderr.write("> ")
             sys.stderr.flush()
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline()
         if not line:
             return
         if line.strip():
-            yield line.rstrip("\r\n")
+            yield line.rstrip(b"\r\n")
 
 
 def _show_answer(events: "Iterator[Event]", as_json: bool) -> str:

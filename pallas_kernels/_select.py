@@ -12,6 +12,12 @@ IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 _logged: set[tuple[str, str, str]] = set()
 
 
+def target() -> str:
+    """The platform that a call is for: that of the mesh in force, as in a compile ahead of time, else the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "tpu" if device is not None and device.device_kind.startswith("TPU") else jax.default_backend()
+
+
 def choose(
     op: str, implementation: str | None, reasons: Mapping[str, str | None], *, order: Iterable[str] | None = None
 ) -> str:
@@ -33,7 +39,7 @@ def choose(
         if (reason := reasons[implementation]) is not None:
             raise NotImplementedError(f"{op}: implementation {implementation!r} cannot serve this call: {reason}")
         return implementation
-    backend = jax.default_backend()
+    backend = target()
     names = tuple(order) if order is not None else (backend, "xla")
     for name in names:
         if name in reasons and reasons[name] is None:

@@ -21,6 +21,7 @@ def _share_cores() -> None:
 
 _share_cores()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tolerances are argued for the CPU; a GPU run names its own platform
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # for tests of meshes; what asks for none runs on the first
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong: fail at once
 

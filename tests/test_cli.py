@@ -53,13 +53,9 @@ class StdinOf:
 
     def __init__(self, content: bytes):
         self.buffer = io.BytesIO(content)
-        self._text = io.TextIOWrapper(self.buffer, encoding="utf-8")
 
     def isatty(self) -> bool:
         return False
-
-    def readline(self) -> str:
-        return self._text.readline()
 
 
 # -- the program
@@ -190,6 +186,8 @@ def test_generate_is_the_same_from_everywhere_and_with_mtp(capsys, monkeypatch, 
     code, drafted = run_json(capsys, "generate", checkpoint, prompt, *BRIEF, "--mtp")
     assert (code, drafted["tokens"]) == (0, out["tokens"])
     assert drafted["drafted"] > 0
+    code, spread = run_json(capsys, "generate", checkpoint, prompt, *BRIEF, "--mesh", "fsdp=4,expert=2")
+    assert (code, spread["tokens"]) == (0, out["tokens"])
     file = tmp_path / "prompt.txt"
     file.write_text(prompt)
     assert cli.main(["generate", str(checkpoint), "--prompt-file", str(file), *BRIEF]) == 0
@@ -259,6 +257,14 @@ def test_chat_answers_line_by_line(capsys, monkeypatch, checkpoint):
     assert [answer["reasoning"] for answer in answers] == [None] * 3
     assert all(answer["content"] for answer in answers)
     assert answers[0] == answers[2], "/clear forgets"
+
+
+def test_chat_goes_on_after_a_turn_that_failed_and_says_so_at_the_end(capsys, monkeypatch, checkpoint):
+    monkeypatch.setattr(sys, "stdin", StdinOf(b"Hello\nno \xff text\n" + b"long " * 5000 + b"\nHello\n"))
+    assert cli.main(["chat", str(checkpoint), "--no-thinking", *BRIEF, "--json"]) == 2
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [list(answer) == ["error"] for answer in answers] == [False, True, True, False]
+    assert "not UTF-8 text: byte 0xff at 3" in answers[1]["error"]["message"]
 
 
 def test_chat_shows_reasoning_apart(capsys, monkeypatch, checkpoint):

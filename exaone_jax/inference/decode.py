@@ -38,6 +38,7 @@ class DecodeState:
     tokens: int32 `[B, N]`, what was generated; generated: int32 `[B]`, how many. limit: int32 `[B]`, how many may be.
     done: bool `[B]`. counts int32 `[B, V]` and in_prompt bool `[B, V]` feed the penalties (`[B, 0]` without any).
     drafted int32 `[B]` and accepted int32 `[B, k]`: rounds that drafted, and how often each draft was kept.
+    finite: bool `[B]`, whether all logits that tokens were drawn from were.
     """
 
     cache: KVCache
@@ -50,6 +51,7 @@ class DecodeState:
     in_prompt: jax.Array
     drafted: jax.Array
     accepted: jax.Array
+    finite: jax.Array
     mtp_cache: KVCache | None = None
     pending: Pending | None = None
 
@@ -86,11 +88,17 @@ def decode_round(
     state, proposed, proposal = _draft(model, state, rows, drafts)
     inputs = jnp.concatenate([state.last[:, None], proposed], axis=1)
     hidden, cache = model.step(inputs, state.cache, jnp.where(active, drafts + 1, 0))
-    target = _targets(model.logits(hidden), state, rows, proposed)
+    logits = model.logits(hidden)
+    target = _targets(logits, state, rows, proposed)
     kept, final = _settle(target, proposal, proposed, rows, start)
     new = jnp.concatenate([proposed, final[:, None]], axis=1)
     new = jnp.where(jnp.arange(drafts + 1) == kept[:, None], final[:, None], new)
-    state = dataclasses.replace(state, cache=cache.rolled_back(jnp.where(active, start + kept + 1, start)))
+    unused = ~active[:, None] | (jnp.arange(drafts + 1) > kept[:, None])
+    state = dataclasses.replace(
+        state,
+        cache=cache.rolled_back(jnp.where(active, start + kept + 1, start)),
+        finite=state.finite & jnp.all(jnp.all(jnp.isfinite(logits), axis=-1) | unused, axis=-1),
+    )
     if drafts:
         state = dataclasses.replace(
             state,
@@ -126,12 +134,13 @@ def emit(state: DecodeState, new: jax.Array, count: jax.Array, stop_ids: tuple[i
 
 def first_token(
     model: Transformer, hidden: jax.Array, state: DecodeState, rows: RowSampling, stop_ids: tuple[int, ...]
-) -> tuple[DecodeState, jax.Array]:
-    """Draw the first token from hidden `[B, D]` of the prompt's last position; also, whether all logits are finite."""
+) -> DecodeState:
+    """Draw the first token from hidden `[B, D]` of the prompt's last position."""
     logits = model.logits(hidden[:, None])
     target = _targets(logits, state, rows, state.last[:, None][:, :0])
     token = draw(target[:, 0], rows, state.cache.lengths, _TOKEN)
-    return emit(state, token[:, None], jnp.ones_like(state.generated), stop_ids), jnp.all(jnp.isfinite(logits))
+    state = dataclasses.replace(state, finite=jnp.all(jnp.isfinite(logits), axis=(1, 2)))
+    return emit(state, token[:, None], jnp.ones_like(state.generated), stop_ids)
 
 
 def _distribution(logits: jax.Array, counts: jax.Array, state: DecodeState, rows: RowSampling) -> jax.Array:

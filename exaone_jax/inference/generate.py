@@ -90,7 +90,8 @@ class Decoding:
         self.state = dataclasses.replace(self.state, done=self.state.done.at[row].set(True))
 
     def tokens(self) -> list[list[int]]:
-        """What each row has generated so far."""
+        """What each row has generated so far. Raises CheckpointError where logits were not finite."""
+        _check_finite(self.state)
         tokens, generated = np.asarray(self.state.tokens), np.asarray(self.state.generated)
         return [row[:count].tolist() for row, count in zip(tokens, generated, strict=True)]
 
@@ -157,15 +158,11 @@ class Decoding:
             in_prompt=jnp.asarray(in_prompt),
             drafted=jnp.zeros((batch,), jnp.int32),
             accepted=jnp.zeros((batch, self.drafts), jnp.int32),
+            finite=jnp.ones((batch,), bool),
             mtp_cache=mtp_cache,
         )
-        state, finite = _first(
-            self.graphdef, self.weights, state, last, self.rows, drafts=self.drafts, stop_ids=self.stop_ids
-        )
-        if not finite:
-            raise CheckpointError(
-                "the model's logits are NaN or infinite: `exaone-jax convert verify` says which weights are"
-            )
+        state = _first(self.graphdef, self.weights, state, last, self.rows, drafts=self.drafts, stop_ids=self.stop_ids)
+        _check_finite(state)
         return state
 
 
@@ -214,14 +211,21 @@ def _first(
     *,
     drafts: int,
     stop_ids: tuple[int, ...],
-) -> tuple[DecodeState, jax.Array]:
-    state, finite = first_token(nnx.merge(graphdef, params), last, state, rows, stop_ids)
+) -> DecodeState:
+    state = first_token(nnx.merge(graphdef, params), last, state, rows, stop_ids)
     if not drafts:
-        return state, finite
+        return state
     batch, size = last.shape
     hidden = jnp.zeros((batch, drafts + 1, size), last.dtype).at[:, 0].set(last)
     tokens = jnp.zeros((batch, drafts + 1), jnp.int32).at[:, 0].set(state.last)
-    return dataclasses.replace(state, pending=Pending(hidden, tokens, jnp.ones((batch,), jnp.int32))), finite
+    return dataclasses.replace(state, pending=Pending(hidden, tokens, jnp.ones((batch,), jnp.int32)))
+
+
+def _check_finite(state: DecodeState) -> None:
+    if not jnp.all(state.finite):
+        raise CheckpointError(
+            "the model's logits are NaN or infinite: `exaone-jax convert verify` says which weights are"
+        )
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], drafts: int) -> None:

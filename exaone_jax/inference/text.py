@@ -164,6 +164,8 @@ def generate(
     Raises InputError for a prompt or parameter that cannot be served.
     """
     tokenizer = tokenizer or tokenizer_of(model)
+    if not isinstance(prompt, Sequence):
+        raise InputError(f"prompt must be a text or several; found {prompt!r}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if wrong := [item for item in prompts if not isinstance(item, str)]:
         raise InputError(f"prompt must be a text or several; found {wrong[0]!r} (`complete` takes token ids)")

@@ -1,6 +1,7 @@
 """Grouped-query attention with QK-norm, optional rotation and optional window, with and without a cache."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from exaone_jax.config.model import LayerSpec, ModelConfig
 from exaone_jax.model.cache import LayerKV
 from exaone_jax.model.linear import Linear, ParamFactory
 from exaone_jax.model.norm import RMSNorm
+from exaone_jax.model.placement import Placement
 from exaone_jax.model.rope import Rotation, rotate
 from pallas_kernels.attention import attention
 
@@ -22,9 +24,10 @@ class Packed:
     """Attention inside rows `[B, T]`, between positions of equal segment id (None: one segment a row)."""
 
     segment_ids: jax.Array | None
+    placement: Placement
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
-        return attention(q, k, v, window=window, segment_ids=self.segment_ids)
+        return self.placement.attend(q, k, v, self.segment_ids, window)
 
 
 @dataclasses.dataclass
@@ -39,8 +42,39 @@ class Cached:
     index: jax.typing.ArrayLike
     lengths: jax.Array
     valid: jax.Array
+    placement: Placement
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+        run = partial(_attend_cached, window)
+        held = (self.layer, self.index, self.lengths, self.valid)
+        out, self.layer = self.placement.attend_cached(run, *held, (q, k, v))
+        return out
+
+
+def _attend_cached(
+    window: int | None,
+    layer: LayerKV,
+    index: jax.typing.ArrayLike,
+    lengths: jax.Array,
+    valid: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> tuple[jax.Array, LayerKV]:
+    step = _CachedStep(layer, index, lengths, valid)
+    return step.attend(q, k, v, window), step.layer
+
+
+@dataclasses.dataclass
+class _CachedStep:
+    """The work of `Cached`, on one device's part."""
+
+    layer: LayerKV
+    index: jax.typing.ArrayLike
+    lengths: jax.Array
+    valid: jax.Array
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
         in_order = window is not None and q.shape[1] > _FEW_QUERIES
         before = self._window_before(window) if in_order and window is not None else None
         self._write(k, v)

@@ -9,6 +9,7 @@ from exaone_jax.model.feedforward import MLP
 from exaone_jax.model.linear import ParamFactory
 from exaone_jax.model.moe import MoE, RouterStats
 from exaone_jax.model.norm import RMSNorm
+from exaone_jax.model.placement import ACTIVATIONS, Placement
 from exaone_jax.model.rope import Rotation
 
 
@@ -31,16 +32,18 @@ class Block(nnx.Module):
         self.spec = spec
 
     def __call__(
-        self, x: jax.Array, rotation: Rotation, attend: Packed | Cached, real: jax.Array
+        self, x: jax.Array, rotation: Rotation, attend: Packed | Cached, real: jax.Array, placement: Placement
     ) -> tuple[jax.Array, RouterStats | None]:
         """x `[B, T, D]`, real bool `[B, T]` -> (x, router statistics where the layer is sparse)."""
         if self.spec.norm == "pre":
             x = x + self.attention(self.input_norm(x), rotation, attend)
-            out, stats = self._feed_forward(self.mlp_norm(x), real)
-            return x + out, stats
+            out, stats = self._feed_forward(self.mlp_norm(x), real, placement)
+            return placement.constrain(x + out, ACTIVATIONS), stats
         x = x + self.post_attention_norm(self.attention(x, rotation, attend))
-        out, stats = self._feed_forward(x, real)
-        return x + self.post_mlp_norm(out), stats
+        out, stats = self._feed_forward(x, real, placement)
+        return placement.constrain(x + self.post_mlp_norm(out), ACTIVATIONS), stats
 
-    def _feed_forward(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, RouterStats | None]:
-        return self.moe(x, real) if self.spec.moe else (self.mlp(x), None)
+    def _feed_forward(
+        self, x: jax.Array, real: jax.Array, placement: Placement
+    ) -> tuple[jax.Array, RouterStats | None]:
+        return self.moe(x, real, placement) if self.spec.moe else (self.mlp(x), None)

@@ -1,12 +1,16 @@
 """The key-value cache: whole context for global layers, a ring of the last positions for window layers."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from exaone_jax.config.model import LayerSpec, ModelConfig, Segment
+
+CACHE_AXES = ("layers", "batch", "kv_heads", "slots", "head_dim")
+Zeros = Callable[[tuple[int, ...], jax.typing.DTypeLike, tuple[str, ...]], jax.Array]
 
 
 class LayerKV(NamedTuple):
@@ -49,12 +53,16 @@ def init_cache(
     capacity: int,
     chunk: int,
     dtype: jax.typing.DTypeLike,
+    zeros: Zeros,
 ) -> KVCache:
-    """An empty cache for `batch` rows of up to `capacity` positions, written at most `chunk` at a time."""
+    """An empty cache for `batch` rows of up to `capacity` positions, written at most `chunk` at a time.
+
+    zeros: makes an array of a shape and dtype, laid out by its logical axes.
+    """
 
     def layer(spec: LayerSpec, repeats: int) -> LayerKV:
         shape = (repeats, batch, config.num_kv_heads, slots(spec, capacity, chunk), config.head_dim)
-        return LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return LayerKV(zeros(shape, dtype, CACHE_AXES), zeros(shape, dtype, CACHE_AXES))
 
     layers = tuple(tuple(layer(spec, segment.repeats) for spec in segment.pattern) for segment in plan)
     return KVCache(layers, jnp.zeros((batch,), jnp.int32))

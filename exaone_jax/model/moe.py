@@ -1,5 +1,6 @@
 """Mixture of experts: sigmoid router with a selection bias, routed experts by grouped matmul, a shared expert."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,11 +10,12 @@ from flax import nnx
 from exaone_jax.config.model import LayerSpec, ModelConfig, MoEConfig
 from exaone_jax.model.feedforward import MLP, swiglu
 from exaone_jax.model.linear import ParamFactory, dot
+from exaone_jax.model.placement import Placement
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 class Routing(NamedTuple):
-    """Where tokens go: experts int32 `[N, k]`, weights float32 `[N, k]`, and every sigmoid score, float32 `[N, E]`."""
+    """Where tokens go: experts int32 `[..., k]`, weights float32 `[..., k]`, and every sigmoid score, float32 `[..., E]`."""
 
     experts: jax.Array
     weights: jax.Array
@@ -33,7 +35,7 @@ class RouterStats(NamedTuple):
 
 
 def route(logits: jax.Array, bias: jax.Array, moe: MoEConfig) -> Routing:
-    """Choose experts for router logits float32 `[N, E]`.
+    """Choose experts for router logits float32 `[..., E]`.
 
     The bias moves the choice only; weights are the unbiased scores of the chosen, normalised and then scaled. With
     groups, the topk_group groups whose two best biased scores have the greatest sum stay in the running.
@@ -41,11 +43,11 @@ def route(logits: jax.Array, bias: jax.Array, moe: MoEConfig) -> Routing:
     scores = jax.nn.sigmoid(logits)
     choice = scores + bias
     if moe.n_group > 1:
-        groups = choice.reshape(-1, moe.n_group, moe.num_experts // moe.n_group)
+        groups = choice.reshape(*choice.shape[:-1], moe.n_group, moe.num_experts // moe.n_group)
         group_scores = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
         best_groups = jax.lax.top_k(group_scores, moe.topk_group)[1]
-        kept = jnp.any(jax.nn.one_hot(best_groups, moe.n_group, dtype=bool), axis=1)
-        choice = jnp.where(kept[:, :, None], groups, -jnp.inf).reshape(choice.shape)
+        kept = jnp.any(jax.nn.one_hot(best_groups, moe.n_group, dtype=bool), axis=-2)
+        choice = jnp.where(kept[..., None], groups, -jnp.inf).reshape(choice.shape)
     experts = jax.lax.top_k(choice, moe.num_experts_per_tok)[1]
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if moe.norm_topk_prob:
@@ -54,14 +56,13 @@ def route(logits: jax.Array, bias: jax.Array, moe: MoEConfig) -> Routing:
 
 
 def router_stats(routing: Routing, real: jax.Array, num_experts: int) -> RouterStats:
-    """Statistics over the real tokens (bool `[B, T]`) of a batch routed row by row."""
-    batch, length = real.shape
+    """Statistics over the real tokens (bool `[B, T]`) of a batch, whose routing is `[B, T, ...]`."""
     weight = real.astype(jnp.float32)
     tokens = jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1.0)
-    chosen = jnp.sum(jax.nn.one_hot(routing.experts, num_experts, dtype=jnp.float32), axis=1)
-    count = jnp.einsum("bte,bt->be", chosen.reshape(batch, length, -1), weight)
+    chosen = jnp.sum(jax.nn.one_hot(routing.experts, num_experts, dtype=jnp.float32), axis=2)
+    count = jnp.einsum("bte,bt->be", chosen, weight)
     share = routing.scores / (jnp.sum(routing.scores, axis=-1, keepdims=True) + 1e-20)
-    mean_share = jnp.einsum("bte,bt->be", share.reshape(batch, length, -1), weight) / tokens
+    mean_share = jnp.einsum("bte,bt->be", share, weight) / tokens
     frequency = count * (num_experts / routing.experts.shape[-1]) / tokens
     loss = jnp.mean(jnp.sum(jax.lax.stop_gradient(frequency) * mean_share, axis=-1))
     return RouterStats(jnp.sum(count, axis=0), loss)
@@ -78,6 +79,14 @@ class Router(nnx.Module):
         return dot(x.astype(jnp.float32), self.weight[...])
 
 
+class ExpertWeights(NamedTuple):
+    """gate and up `[E, F, D]`, down `[E, D, F]`."""
+
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+
+
 class Experts(nnx.Module):
     """SwiGLU experts, each over its own tokens; weights `[E, out, in]`."""
 
@@ -88,14 +97,32 @@ class Experts(nnx.Module):
         self.down_proj = make.normal(down, ("experts", "embed", "expert_mlp"))
         self.limit = limit
 
-    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """x `[M, D]` sorted by expert, group_sizes int32 `[E]` -> `[M, D]`."""
+    @property
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(self.gate_proj[...], self.up_proj[...], self.down_proj[...])
 
-        def product(rows: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
-            return grouped_matmul(rows, weight[...].astype(rows.dtype), group_sizes, transpose_rhs=True)
+    def answer(self, weights: ExpertWeights, tokens: jax.Array, routing: Routing) -> jax.Array:
+        """Send each token `[N, D]` to its k experts, of these weights, and sum their weighted answers: float32 `[N, D]`."""
+        count, k = routing.experts.shape
+        order = jnp.argsort(routing.experts.reshape(-1), stable=True)
+        group_sizes = jnp.bincount(routing.experts.reshape(-1), length=len(weights.gate)).astype(jnp.int32)
+        answers = expert_mlp(weights, tokens[order // k], group_sizes, self.limit)
+        return weighted_sum(answers[jnp.argsort(order)].reshape(count, k, -1), routing.weights)
 
-        hidden = swiglu(product(x, self.gate_proj), product(x, self.up_proj), self.limit)
-        return product(hidden, self.down_proj)
+
+def expert_mlp(weights: ExpertWeights, x: jax.Array, group_sizes: jax.Array, limit: float | None) -> jax.Array:
+    """x `[M, D]` sorted by expert, group_sizes int32 `[E]` -> `[M, D]`, zeros in the rows of no expert."""
+
+    def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+        return grouped_matmul(rows, weight.astype(rows.dtype), group_sizes, transpose_rhs=True)
+
+    hidden = swiglu(product(x, weights.gate), product(x, weights.up), limit)
+    return product(hidden, weights.down)
+
+
+def weighted_sum(answers: jax.Array, weights: jax.Array) -> jax.Array:
+    """answers `[N, k, D]`, weights float32 `[N, k]` -> float32 `[N, D]`, summed in the order of the choice."""
+    return jnp.einsum("nkd,nk->nd", answers.astype(jnp.float32), weights)
 
 
 class MoE(nnx.Module):
@@ -111,19 +138,9 @@ class MoE(nnx.Module):
             width = config.moe.num_shared_experts * config.moe.intermediate_size
             self.shared = MLP(make, config.hidden_size, width, spec.swiglu_limit)
 
-    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, RouterStats]:
-        tokens = x.reshape(-1, x.shape[-1])
-        routing = route(self.router(tokens), self.router.bias[...], self.moe)
-        out = self._routed(tokens, routing).reshape(x.shape)
+    def __call__(self, x: jax.Array, real: jax.Array, placement: Placement) -> tuple[jax.Array, RouterStats]:
+        routing = placement.per_token(partial(route, moe=self.moe), (self.router(x),), (self.router.bias[...],))
+        out = placement.answer(self.experts, x, routing)
         if self.moe.num_shared_experts:
             out = out + self.shared(x)
         return out, router_stats(routing, real, self.moe.num_experts)
-
-    def _routed(self, tokens: jax.Array, routing: Routing) -> jax.Array:
-        """Send each token `[N, D]` to its k experts and sum their weighted answers."""
-        count, k = routing.experts.shape
-        order = jnp.argsort(routing.experts.reshape(-1), stable=True)
-        group_sizes = jnp.bincount(routing.experts.reshape(-1), length=self.moe.num_experts).astype(jnp.int32)
-        answers = self.experts(tokens[order // k], group_sizes)
-        answers = answers[jnp.argsort(order)].reshape(count, k, -1)
-        return jnp.einsum("nkd,nk->nd", answers.astype(jnp.float32), routing.weights).astype(tokens.dtype)

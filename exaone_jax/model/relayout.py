@@ -22,7 +22,8 @@ def with_layers(model: Transformer, *, scan: bool) -> Transformer:
 
     Weights are copied block by block, so at most one more copy of the layers is alive while `model` is.
     """
-    target = nnx.eval_shape(lambda: Transformer(model.config, dtype=model.dtype, rngs=nnx.Rngs(0), scan_layers=scan))
+    kept = {"dtype": model.dtype, "placement": model.placement}
+    target = nnx.eval_shape(lambda: Transformer(model.config, rngs=nnx.Rngs(0), scan_layers=scan, **kept))
     if target.plan == model.plan:
         return model
     old, places = nnx.to_pure_dict(nnx.state(model)), _places(model.plan)

@@ -9,19 +9,28 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from exaone_jax.model.attention import Cached, Packed
 from exaone_jax.model.block import Block
 from exaone_jax.model.cache import LayerKV
 from exaone_jax.model.moe import RouterStats
+from exaone_jax.model.placement import Placement
 from exaone_jax.model.rope import Rotation
 
-Remat = Literal["full", "dots"] | None
+Remat = Literal["full", "dots", "offload"] | None
+_BLOCK_INPUT = "block_input"
 SegmentStats = tuple[RouterStats | None, ...]
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -32,14 +41,15 @@ def run(
     real: jax.Array,
     segment_ids: jax.Array | None,
     remat: Remat,
+    placement: Placement,
 ) -> tuple[jax.Array, SegmentStats]:
     """x `[B, T, D]` through a segment without a cache; statistics, one for each place in the pattern, are `[R, …]`."""
     graphdef, params = nnx.split(blocks)
 
     def body(x: jax.Array, params: nnx.State) -> tuple[jax.Array, SegmentStats]:
-        stats = []
+        x, stats = checkpoint_name(x, _BLOCK_INPUT), []
         for block in nnx.merge(graphdef, params):
-            x, block_stats = block(x, rotation, Packed(segment_ids), real)
+            x, block_stats = block(x, rotation, Packed(segment_ids, placement), real, placement)
             stats.append(block_stats)
         return x, tuple(stats)
 
@@ -59,6 +69,7 @@ def step(
     caches: Sequence[LayerKV],
     lengths: jax.Array,
     valid: jax.Array,
+    placement: Placement,
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
     """x `[B, C, D]` through a segment with its caches, which ride along so that the loop updates them in place."""
     graphdef, params = nnx.split(blocks)
@@ -69,8 +80,8 @@ def step(
         (x, caches), (params, index) = carry, xs
         updated = []
         for block, layer in zip(nnx.merge(graphdef, params), caches, strict=True):
-            attend = Cached(layer, index, lengths, valid)
-            x, _ = block(x, rotation, attend, real)
+            attend = Cached(layer, index, lengths, valid, placement)
+            x, _ = block(x, rotation, attend, real, placement)
             updated.append(attend.layer)
         return (x, tuple(updated)), None
 

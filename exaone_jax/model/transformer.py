@@ -15,6 +15,7 @@ from exaone_jax.model.block import Block
 from exaone_jax.model.cache import KVCache, init_cache
 from exaone_jax.model.linear import Linear, ParamFactory, dot
 from exaone_jax.model.norm import RMSNorm
+from exaone_jax.model.placement import ONE_DEVICE, Placement
 from exaone_jax.model.rope import Rotation, inverse_frequencies, rotation
 from exaone_jax.model.stack import Remat, SegmentStats
 
@@ -70,6 +71,7 @@ class Transformer(nnx.Module):
         rngs: for random initial values: normal(0, initializer_range), norms one, router bias zero.
         scan_layers: layers that repeat are stacked and scanned (`config.layer_plan`); False keeps each by itself, which
             compiles longer and decodes faster where slicing a layer out of its stack is a copy, as on a CPU.
+        placement: where activations lie and layers compute; `exaone_jax.parallel` makes that of a mesh.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class Transformer(nnx.Module):
         param_dtype: jax.typing.DTypeLike | None = None,
         rngs: nnx.Rngs,
         scan_layers: bool = True,
+        placement: Placement = ONE_DEVICE,
     ):
         make = ParamFactory(rngs, dtype if param_dtype is None else param_dtype, config.initializer_range)
-        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.config, self.dtype, self.placement = config, jnp.dtype(dtype), placement
         self.plan = layer_plan(config.layers) if scan_layers else single_layers(config.layers)
         self.embed = Embedding(make, config.vocab_size, config.hidden_size)
         self.segments = nnx.List(
@@ -128,7 +131,8 @@ class Transformer(nnx.Module):
             positions: int32 `[B, T]`; None counts from 0 in each segment.
             segment_ids: int32 `[B, T]`, packed documents that do not see each other; 0 marks padding, which router
                 statistics leave out. None is one document a row.
-            remat: what the backward pass recomputes: None nothing, "dots" all but matrix products, "full" everything.
+            remat: what the backward pass recomputes: None nothing, "dots" all but matrix products, "full" everything but
+                what enters each pattern of layers, "offload" the same with that kept in the host's memory.
         """
         if positions is None:
             ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
@@ -137,7 +141,7 @@ class Transformer(nnx.Module):
         real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
         stats = []
         for blocks in self.segments:
-            x, segment_stats = stack.run(blocks, x, rotation, real, segment_ids, remat)
+            x, segment_stats = stack.run(blocks, x, rotation, real, segment_ids, remat, self.placement)
             stats.append(segment_stats)
         return ForwardOutput(self.norm(x), tuple(stats))
 
@@ -151,7 +155,7 @@ class Transformer(nnx.Module):
 
     def init_cache(self, batch: int, capacity: int, chunk: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` positions, at most `chunk` of them a step."""
-        return init_cache(self.config, self.plan, batch, capacity, chunk, self.dtype)
+        return init_cache(self.config, self.plan, batch, capacity, chunk, self.dtype, self.placement.zeros)
 
     def step(self, tokens: jax.Array, cache: KVCache, valid: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
         """The next C tokens of every row: prefill, a chunk of one, decode and verify are all this.
@@ -167,7 +171,7 @@ class Transformer(nnx.Module):
         x, rotation = self._embed(tokens), self._rotation(cache.lengths[:, None] + jnp.arange(tokens.shape[1]))
         layers = []
         for blocks, caches in zip(self.segments, cache.layers, strict=True):
-            x, updated = stack.step(blocks, x, rotation, real, caches, cache.lengths, valid)
+            x, updated = stack.step(blocks, x, rotation, real, caches, cache.lengths, valid, self.placement)
             layers.append(updated)
         return self.norm(x), KVCache(tuple(layers), cache.lengths + valid)
 
@@ -184,12 +188,13 @@ class Transformer(nnx.Module):
             positions = segment_positions(jnp.zeros_like(next_tokens) if segment_ids is None else segment_ids)
         x = self.mtp.combine(hidden, self._embed(next_tokens))
         real = jnp.ones(next_tokens.shape, bool)
-        x, _ = stack.run(nnx.List([self.mtp.block]), x, self._rotation(positions), real, segment_ids, remat)
+        blocks, rotation = nnx.List([self.mtp.block]), self._rotation(positions)
+        x, _ = stack.run(blocks, x, rotation, real, segment_ids, remat, self.placement)
         return self.mtp.norm(x)
 
     def init_mtp_cache(self, batch: int, capacity: int, chunk: int) -> KVCache:
         """The MTP layer's own cache, as `init_cache`."""
-        return init_cache(self.config, (self._mtp_plan,), batch, capacity, chunk, self.dtype)
+        return init_cache(self.config, (self._mtp_plan,), batch, capacity, chunk, self.dtype, self.placement.zeros)
 
     def mtp_step(
         self, hidden: jax.Array, next_tokens: jax.Array, cache: KVCache, valid: jax.Array | None = None
@@ -203,7 +208,7 @@ class Transformer(nnx.Module):
         x = self.mtp.combine(hidden, self._embed(next_tokens))
         rotation = self._rotation(cache.lengths[:, None] + jnp.arange(next_tokens.shape[1]))
         blocks = nnx.List([self.mtp.block])
-        x, layers = stack.step(blocks, x, rotation, real, cache.layers[0], cache.lengths, valid)
+        x, layers = stack.step(blocks, x, rotation, real, cache.layers[0], cache.lengths, valid, self.placement)
         return self.mtp.norm(x), KVCache((layers,), cache.lengths + valid)
 
     @property
@@ -213,7 +218,7 @@ class Transformer(nnx.Module):
         return Segment(pattern=(self.config.mtp_layer,), repeats=1)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embed.embedding[...][tokens].astype(self.dtype)
+        return self.placement.embed(self.embed.embedding[...], tokens, self.dtype)
 
     def _rotation(self, positions: jax.Array) -> Rotation:
         config = self.config

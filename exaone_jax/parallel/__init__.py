@@ -1,6 +1,18 @@
 """One mesh factory, one table of logical axis -> mesh axes, and what runs across devices."""
 
 from exaone_jax.parallel.mesh import MESH_AXES, MeshShape, make_mesh
+from exaone_jax.parallel.placement import MeshPlacement, init_model, place
 from exaone_jax.parallel.rules import RULES, Rules, parameter_shardings, partition_spec
 
-__all__ = ["MESH_AXES", "RULES", "MeshShape", "Rules", "make_mesh", "parameter_shardings", "partition_spec"]
+__all__ = [
+    "MESH_AXES",
+    "RULES",
+    "MeshPlacement",
+    "MeshShape",
+    "Rules",
+    "init_model",
+    "make_mesh",
+    "parameter_shardings",
+    "partition_spec",
+    "place",
+]

@@ -72,10 +72,15 @@ def targets(batch: PackedRows, ahead: int) -> Targets:
 
 def token_loss(model: Transformer, hidden: jax.Array, to: Targets, z_loss: float = 0.0) -> TokenLoss:
     """Cross-entropy of the targets under hidden states `[B, T, D]` (after the final norm); no logits are kept."""
+
+    def losses(hidden: jax.Array, labels: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        loss, _ = linear_cross_entropy(rows, weight, labels.reshape(-1), mask=mask.reshape(-1), z_loss=z_loss)
+        return loss.reshape(labels.shape)
+
     weight = model.head_weight().astype(hidden.dtype)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    losses, _ = linear_cross_entropy(rows, weight, to.labels.reshape(-1), mask=to.mask.reshape(-1), z_loss=z_loss)
-    return TokenLoss(jnp.sum(losses), jnp.sum(to.mask, dtype=jnp.float32))
+    total = jnp.sum(model.placement.per_token(losses, (hidden, *to), (weight,)))
+    return TokenLoss(total, jnp.sum(to.mask, dtype=jnp.float32))
 
 
 def mtp_loss(model: Transformer, hidden: jax.Array, batch: PackedRows, config: LossConfig) -> TokenLoss:

@@ -345,6 +345,17 @@ def test_a_model_that_is_not_finite_is_refused():
         generate_tokens(broken, [[1, 2, 3]], [SamplingParams(max_new_tokens=4)])
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_token_whose_embedding_is_not_finite_ends_the_text(drafts: int):
+    """Generated on the way, long after the first token."""
+    broken = reciting({token: token + 1 for token in range(31)}, 32)
+    prompt, params = [[1, 2, 3]], [SamplingParams(max_new_tokens=12, ignore_eos=True)]
+    assert len(generate_tokens(broken, prompt, params, drafts)[0].tokens) == 12
+    broken.embed.embedding[...] = broken.embed.embedding[...].at[9, 3].set(jnp.nan)
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        generate_tokens(broken, prompt, params, drafts)
+
+
 def test_float16_models_generate():
     params = SamplingParams(max_new_tokens=6, ignore_eos=True)
     half, single = (make(K_EXAONE, dtype=dtype) for dtype in (jnp.float16, jnp.float32))

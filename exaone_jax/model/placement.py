@@ -1,0 +1,104 @@
+"""Where a model's activations lie and its parts compute. The model asks, by logical axes; here is the answer of one device,
+and `exaone_jax.parallel` has that of a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from exaone_jax.model.cache import LayerKV
+from exaone_jax.model.linear import Axes
+from pallas_kernels.attention import attention
+
+if TYPE_CHECKING:
+    from exaone_jax.model.moe import Experts, Routing
+
+T = TypeVar("T")
+ACTIVATIONS: Axes = ("batch", "sequence", "features")  # of `[B, T, D]`
+
+# (layer, index, lengths, valid, q, k, v) -> (attention's result, the layer with the new keys and values)
+CachedAttention = Callable[..., tuple[jax.Array, LayerKV]]
+
+
+class Placement(Protocol):
+    """Hashable: a model's graph holds it. Every method computes what `OneDevice` computes."""
+
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """x, laid out by its logical axes."""
+        ...
+
+    def embed(self, table: jax.Array, tokens: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Rows of a table `[V, D]` for tokens int32 `[B, T]` -> `[B, T, D]` of this dtype."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: Axes) -> jax.Array:
+        """An array of zeros, laid out so from the start."""
+        ...
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, window: int | None
+    ) -> jax.Array:
+        """Causal attention inside rows: q `[B, T, H, head_dim]`, k and v `[B, T, K, head_dim]`, segment_ids `[B, T]`."""
+        ...
+
+    def attend_cached(
+        self,
+        run: CachedAttention,
+        layer: LayerKV,
+        index: jax.typing.ArrayLike,
+        lengths: jax.Array,
+        valid: jax.Array,
+        qkv: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, LayerKV]:
+        """`run` of its arguments: layer `[R, B, K, slots, head_dim]`, lengths and valid `[B]`, q `[B, C, H, head_dim]`."""
+        ...
+
+    def per_token(self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[jax.Array, ...] = ()) -> T:
+        """`run(*each, *whole)` -> arrays `[B, T, ...]`; a token of them depends on its own of each `[B, T, ...]` and on whole."""
+        ...
+
+    def answer(self, experts: "Experts", x: jax.Array, routing: "Routing") -> jax.Array:
+        """The weighted answers of each token's experts: x `[B, T, D]`, routing `[B, T, ...]` -> `[B, T, D]`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OneDevice:
+    """Everything on the default device."""
+
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        return x
+
+    def embed(self, table: jax.Array, tokens: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        return table[tokens].astype(dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: Axes) -> jax.Array:
+        return jnp.zeros(shape, dtype)
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, window: int | None
+    ) -> jax.Array:
+        return attention(q, k, v, window=window, segment_ids=segment_ids)
+
+    def attend_cached(
+        self,
+        run: CachedAttention,
+        layer: LayerKV,
+        index: jax.typing.ArrayLike,
+        lengths: jax.Array,
+        valid: jax.Array,
+        qkv: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, LayerKV]:
+        return run(layer, index, lengths, valid, *qkv)
+
+    def per_token(self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[jax.Array, ...] = ()) -> T:
+        return run(*each, *whole)
+
+    def answer(self, experts: "Experts", x: jax.Array, routing: "Routing") -> jax.Array:
+        tokens, routing = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, routing))
+        return experts.answer(experts.weights, tokens, routing).astype(x.dtype).reshape(x.shape)
+
+
+ONE_DEVICE = OneDevice()

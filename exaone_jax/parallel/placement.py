@@ -1,0 +1,232 @@
+"""A model's activations and layers on a mesh."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from exaone_jax.config.model import ModelConfig
+from exaone_jax.errors import ConfigError
+from exaone_jax.model import Transformer
+from exaone_jax.model.cache import CACHE_AXES, LayerKV
+from exaone_jax.model.linear import Axes
+from exaone_jax.model.moe import Experts, ExpertWeights, Routing
+from exaone_jax.model.placement import ACTIVATIONS, CachedAttention, T
+from exaone_jax.parallel.context import context_attention
+from exaone_jax.parallel.exchange import exchange
+from exaone_jax.parallel.rules import RULES, Path, Rules, parameter_shardings
+from pallas_kernels.attention import attention
+
+_HEADS: Axes = ("batch", "sequence", "heads", "head_dim")
+_KV_HEADS: Axes = ("batch", "sequence", "kv_heads", "head_dim")
+_CACHED_HEADS: Axes = ("batch", "chunk", "heads", "head_dim")
+_CACHED_KV_HEADS: Axes = ("batch", "chunk", "kv_heads", "head_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshPlacement:
+    """Implements `exaone_jax.model.placement.Placement`.
+
+    An activation's dimension is split over as many of its rule's mesh axes, from the first, as divide it: a batch of one
+    is whole everywhere.
+    """
+
+    mesh: Mesh | AbstractMesh
+    rules: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(x.shape, axes)))
+
+    def embed(self, table: jax.Array, tokens: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Every device looks up its part of each row, of its part of the vocabulary, for all tokens of its `embed` group;
+        only rows that were asked for travel, and the table never does."""
+        parts, ids = self.spec(table.shape, ("vocab", "embed")), self.spec(tokens.shape, ACTIVATIONS[:2])
+        across = _only(self._split(table.shape[1], "embed"), "embed")
+        vocab = self._split(table.shape[0], "vocab")
+        shared = across in self._split(tokens.shape[0], "batch")
+
+        def run(table: jax.Array, tokens: jax.Array) -> jax.Array:
+            if across and shared:
+                tokens = lax.all_gather(tokens, across, tiled=True)
+            if not vocab:
+                rows = table[tokens].astype(dtype)
+            else:
+                own = tokens - lax.axis_index(vocab) * len(table)
+                found = (own >= 0) & (own < len(table))
+                rows = lax.psum(jnp.where(found[..., None], table[jnp.where(found, own, 0)], 0).astype(dtype), vocab)
+            if across and shared:
+                return lax.all_to_all(rows, across, split_axis=0, concat_axis=2, tiled=True)
+            return lax.all_gather(rows, across, axis=2, tiled=True) if across else rows
+
+        return self._map(run, (parts, ids), PartitionSpec(*ids))(table, tokens)
+
+    def zeros(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: Axes) -> jax.Array:
+        return jnp.zeros(shape, dtype, device=NamedSharding(self.mesh, self.spec(shape, axes)))
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, window: int | None
+    ) -> jax.Array:
+        queries, keys = self.spec(q.shape, _HEADS), self.spec(k.shape, _KV_HEADS)
+        rows = PartitionSpec(*queries[:2])
+        axis = _only(self._split(q.shape[1], "sequence"), "sequence")
+        if axis is None:
+            run = partial(_attend, window=window)
+            ids_spec = None if segment_ids is None else rows
+        else:
+            run = partial(context_attention, window=window, axis=axis)
+            ids_spec = rows
+            segment_ids = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        return self._map(run, (queries, keys, keys, ids_spec), queries)(q, k, v, segment_ids)
+
+    def attend_cached(
+        self,
+        run: CachedAttention,
+        layer: LayerKV,
+        index: jax.typing.ArrayLike,
+        lengths: jax.Array,
+        valid: jax.Array,
+        qkv: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, LayerKV]:
+        q, k, _ = qkv
+        queries, keys = self.spec(q.shape, _CACHED_HEADS), self.spec(k.shape, _CACHED_KV_HEADS)
+        cache, rows = self.spec(layer.k.shape, CACHE_AXES), PartitionSpec(queries[0])
+        layers = (cache, cache)
+        specs = (layers, PartitionSpec(), rows, rows, queries, keys, keys)
+
+        def local(
+            layer: tuple[jax.Array, jax.Array], *rest: jax.Array
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            out, updated = run(LayerKV(*layer), *rest)
+            return out, tuple(updated)
+
+        out, updated = self._map(local, specs, (queries, layers))(
+            tuple(layer), jnp.asarray(index), lengths, valid, *qkv
+        )
+        return out, LayerKV(*updated)
+
+    def per_token(self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[jax.Array, ...] = ()) -> T:
+        split = [self._split(size, axis) for size, axis in zip(each[0].shape[:2], ACTIVATIONS[:2], strict=True)]
+        tokens = PartitionSpec(*(axes or None for axes in split))
+        # Over the other axes the compiler splits `run` itself: a vocabulary stays in its parts.
+        specs = (*(tokens,) * len(each), *(PartitionSpec(),) * len(whole))
+        names = {axis for axes in split for axis in axes}
+        return self._map(run, specs, tokens, names)(*each, *whole) if names else run(*each, *whole)
+
+    def answer(self, experts: Experts, x: jax.Array, routing: Routing) -> jax.Array:
+        axis = _only(self._split(len(experts.gate_proj[...]), "experts"), "experts")
+        tokens = self.spec(x.shape, ACTIVATIONS)
+        parameters = (experts.gate_proj, experts.up_proj, experts.down_proj)
+        names = [parameter.get_metadata("axes")[-3:] for parameter in parameters]
+        specs = tuple(map(self.spec, (weight.shape for weight in experts.weights), names))
+        partial_sums = specs[0][1]  # mesh axes over which each device has a part of the experts' width
+        split = axis in self._split(x.shape[0], "batch")
+
+        def run(x: jax.Array, routing: Routing, weights: tuple[jax.Array, ...]) -> jax.Array:
+            whole = ExpertWeights(*map(partial(_whole, dtype=x.dtype), weights, names, specs))
+            rows, choice = x.reshape(-1, x.shape[-1]), Routing(*(a.reshape(-1, a.shape[-1]) for a in routing))
+            if axis is None:
+                out = experts.answer(whole, rows, choice)
+            else:
+                out = exchange(rows, choice, whole, experts.limit, axis, split)
+            if partial_sums:
+                out = lax.psum(out, partial_sums)
+            return out.astype(x.dtype).reshape(x.shape)
+
+        return self._map(run, (tokens, tokens, specs), tokens)(x, routing, tuple(experts.weights))
+
+    def spec(self, shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
+        """How an activation of this shape is split; an axis without a rule is not. Axes of size one are left out."""
+        return PartitionSpec(*(self._split(size, axis) or None for size, axis in zip(shape, axes, strict=True)))
+
+    def _split(self, size: int, axis: str) -> tuple[str, ...]:
+        """The mesh axes over which a dimension is split."""
+        split: tuple[str, ...] = ()
+        for mesh_axis in dict(self.rules).get(axis, ()):
+            if size % math.prod(self.mesh.shape[a] for a in (*split, mesh_axis)):
+                break
+            split += (mesh_axis,)
+        return tuple(a for a in split if self.mesh.shape[a] > 1)
+
+    def _map(
+        self, run: Callable[..., Any], in_specs: Any, out_specs: Any, names: set[str] | None = None
+    ) -> Callable[..., Any]:
+        """`shard_map` over the named axes; None: over all, as kernels of TPUs need it."""
+        names, idle = names or set(self.mesh.axis_names), ()
+        if names == set(self.mesh.axis_names):
+            idle = tuple(axis for axis, size in self.mesh.shape.items() if size == 1)
+
+        def spread(spec: PartitionSpec) -> PartitionSpec:
+            """Also over the axes of one device: gradients of what an axis does not split are summed over it, and a sum
+            over one device would stay in the program as a collective."""
+            if not spec:
+                return spec
+            first, *rest = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
+            return PartitionSpec((*first, *idle) or None, *(entry or None for entry in rest))
+
+        in_specs = jax.tree.map(spread, in_specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+        return jax.shard_map(
+            run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
+        )
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, window: int | None) -> jax.Array:
+    return attention(q, k, v, window=window, segment_ids=ids)
+
+
+def _whole(weight: jax.Array, axes: Axes, spec: PartitionSpec, dtype: jnp.dtype) -> jax.Array:
+    """An expert weight with the parts of its embed dimension gathered, in the dtype that it multiplies in."""
+    weight = weight.astype(dtype)  # first: half the bytes to gather under float32 master weights
+    dim = axes.index("embed")
+    return weight if spec[dim] is None else lax.all_gather(weight, spec[dim], axis=dim, tiled=True)
+
+
+def _only(split: tuple[str, ...], axis: str) -> str | None:
+    if len(split) > 1:
+        raise ConfigError(f"rules: {axis!r} may be split over one mesh axis, found {', '.join(split)}")
+    return split[0] if split else None
+
+
+def init_model(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    param_dtype: jax.typing.DTypeLike | None = None,
+    rules: Rules = RULES,
+) -> Transformer:
+    """A random model, as `Transformer`, of which every device makes its own parts: the values do not depend on the mesh.
+
+    Raises ConfigError where a rule cannot split an array.
+    """
+    placement = place(config, mesh, rules)
+
+    def make() -> Transformer:
+        return Transformer(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(seed), placement=placement)
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    shardings = parameter_shardings(abstract, mesh, rules)
+    leaves = [(path, leaf.replace(shardings[cast(Path, path)])) for path, leaf in nnx.to_flat_state(abstract)]
+    return nnx.merge(graphdef, jax.jit(lambda: nnx.state(make()), out_shardings=nnx.from_flat_state(leaves))())
+
+
+def place(config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> MeshPlacement:
+    """The placement of a model on a mesh.
+
+    Raises ConfigError where the mesh splits heads that it does not divide.
+    """
+    placement = MeshPlacement(mesh, tuple(rules.items()))
+    for axis, heads in (("heads", config.num_heads), ("kv_heads", config.num_kv_heads)):
+        parts = math.prod(mesh.shape[a] for a in rules[axis])
+        if heads % parts:
+            raise ConfigError(
+                f"mesh: {axis} over {' x '.join(rules[axis])} is {parts} parts, and the model has {heads}"
+            )
+    return placement
