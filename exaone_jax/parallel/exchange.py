@@ -7,7 +7,8 @@ of the choice:
   gather      every device takes all tokens of its expert group, answers those that are its own and leaves zeros elsewhere;
               the sum over devices brings the answers home. Two plain collectives: for the few tokens of a decoding step,
               where latency is all.
-Nothing is dropped: buffers hold the worst case, in which all tokens of a group choose the experts of one device.
+Nothing is dropped: buffers hold the worst case, in which all tokens of a group choose the experts of one device. Where that would
+be large, the tokens go in several rounds, and the backward pass sends them again.
 """
 
 import functools
@@ -21,6 +22,8 @@ from exaone_jax.model.moe import ExpertWeights, Routing, expert_mlp, weighted_su
 # Tokens a device up to which `gather` is taken. One table for every step, so that decoding k tokens and verifying them go
 # the same way only by its rows and never by a timing.
 GATHER_UP_TO = 64
+# Bytes of the largest buffer of one round of `all_to_all`.
+ROUND_BYTES = 2**30
 
 
 def exchange(
@@ -37,7 +40,7 @@ def exchange(
         tokens_are_split: whether tokens are split over it too, or the same on all its devices.
     """
     if tokens_are_split and lax.axis_size(axis) > 1 and len(tokens) > GATHER_UP_TO:
-        answers = _by_all_to_all(tokens, routing.experts, weights, limit, axis)
+        answers = _in_rounds(tokens, routing.experts, weights, limit, axis)
     else:
         answers = _by_gather(tokens, routing.experts, weights, limit, axis, tokens_are_split)
     return weighted_sum(answers, routing.weights)
@@ -59,6 +62,30 @@ def _by_gather(
     return lax.psum_scatter(answers, axis, tiled=True) if split else lax.psum(answers, axis)
 
 
+def _in_rounds(
+    tokens: jax.Array, experts: jax.Array, weights: ExpertWeights, limit: float | None, axis: str
+) -> jax.Array:
+    count, size = tokens.shape
+    rounds = -(-_capacity(count, experts.shape[1], weights, axis) * size * tokens.dtype.itemsize // ROUND_BYTES)
+    if rounds == 1:
+        return _by_all_to_all(tokens, experts, weights, limit, axis)
+    padded = ((0, -count % rounds), (0, 0))  # the last token once more: any real choice will do
+    parts = (jnp.pad(x, padded, mode="edge").reshape(rounds, -1, x.shape[1]) for x in (tokens, experts))
+    weights = jax.tree.map(lambda w: w.astype(jnp.float32), weights)  # so that their gradients add up in float32
+
+    def one(tokens: jax.Array, experts: jax.Array, weights: ExpertWeights) -> jax.Array:
+        return _by_all_to_all(tokens, experts, weights, limit, axis)
+
+    once = jax.checkpoint(one, prevent_cse=False)
+    answers = lax.map(lambda part: once(*part, weights), tuple(parts))
+    return answers.reshape(-1, *answers.shape[2:])[:count]
+
+
+def _capacity(count: int, k: int, weights: ExpertWeights, axis: str) -> int:
+    """Most rows that can come to one device: of every token on every device, those of its choices that can be here."""
+    return lax.axis_size(axis) * count * min(k, len(weights.gate))
+
+
 def _by_all_to_all(
     tokens: jax.Array, experts: jax.Array, weights: ExpertWeights, limit: float | None, axis: str
 ) -> jax.Array:
@@ -69,7 +96,7 @@ def _by_all_to_all(
     # tokens[from device, to device, expert there]
     all_chosen = lax.all_gather(chosen.reshape(devices, num_local), axis)
     sent = jnp.sum(all_chosen, axis=2)
-    capacity = devices * count * min(k, num_local)
+    capacity = _capacity(count, k, weights, axis)
     arrived = _ragged_all_to_all(tokens[order // k], capacity, sent, axis)
 
     here = all_chosen[:, me]  # [from device, expert]: the order in which they arrived

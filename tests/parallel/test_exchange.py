@@ -55,9 +55,11 @@ def exchanged(tokens, choice, w, limit, split: bool):
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 @pytest.mark.parametrize("load", ["even", "one", "own"])
-@pytest.mark.parametrize("way", ["gather", "all_to_all", "whole"])
+@pytest.mark.parametrize("way", ["gather", "all_to_all", "rounds", "whole"])
 def test_answers_and_gradients(monkeypatch, way: str, load: str, limit: float | None):
-    monkeypatch.setattr(exchange, "GATHER_UP_TO", 0 if way == "all_to_all" else 1 << 30)
+    monkeypatch.setattr(exchange, "GATHER_UP_TO", 0 if way in ("all_to_all", "rounds") else 1 << 30)
+    if way == "rounds":
+        monkeypatch.setattr(exchange, "ROUND_BYTES", 2000)  # three rounds, of 4, 4 and 2 tokens
     tokens, choice = jax.random.normal(jax.random.key(0), (40, SIZE)), routing(load, 40)
     target = jax.random.normal(jax.random.key(3), (40, SIZE))
 
