@@ -43,6 +43,7 @@ from exaone_jax.errors import CheckpointError, StorageError
 
 MANIFEST = "exaone_jax.json"
 PARAMS, CARRIED_FOLDER, SOURCE = "params", "carried", "source"
+SOURCE_INDEX = "index.json"  # in SOURCE
 RESERVED = frozenset({MANIFEST, PARAMS, CARRIED_FOLDER, SOURCE})
 FORMAT, VERSION = "exaone_jax native checkpoint", 1
 # A larger tensor is cut into several chunks: that bounds memory, and malloc reuses blocks of this size.
@@ -229,7 +230,7 @@ class NativeWriter:
             for number, file in enumerate(self.manifest.source.files):
                 write_new(self.root / SOURCE / f"{number:05d}.header", file.header)
             if self.manifest.source.index is not None:
-                write_new(self.root / SOURCE / "index.json", self.manifest.source.index)
+                write_new(self.root / SOURCE / SOURCE_INDEX, self.manifest.source.index)
         write_new(self.root / MANIFEST, json.dumps(self.manifest.to_dict(), indent=1).encode() + b"\n")
 
 
@@ -406,7 +407,7 @@ def _parse_manifest(path: Path, raw: _ManifestFile) -> Manifest:
         for file in files:
             if not is_shard_name(file.name):
                 raise CheckpointError(f"{path / MANIFEST}: {file.name!a} is not the name of a .safetensors file")
-        source = SourceLayout(files, (folder / "index.json").read_bytes() if raw.source.index else None)
+        source = SourceLayout(files, (folder / SOURCE_INDEX).read_bytes() if raw.source.index else None)
     return Manifest(config, raw.mtp, raw.dtypes, carried, raw.copied, source)
 
 
