@@ -29,7 +29,7 @@ from exaone_jax.checkpoints.directory import (
 )
 from exaone_jax.checkpoints.hf_writer import MAX_SHARD_BYTES, HFLayout, HFWriter, plan_layout
 from exaone_jax.checkpoints.load import checked_config, open_checkpoint
-from exaone_jax.checkpoints.matching import check_stacks, check_tensors
+from exaone_jax.checkpoints.matching import check_tensors
 from exaone_jax.checkpoints.memory import MemoryTree
 from exaone_jax.checkpoints.names import path_name, tensor_map
 from exaone_jax.checkpoints.native import (
@@ -149,7 +149,6 @@ def _plan_from_hf(
     config = checked_config(directory)
     where = str(directory.path)
     extra = check_tensors(config, directory.tensors, where, _pattern(allow_extra))
-    check_stacks(config, directory.tensors, where)
     for name in extra:
         check_carried_name(name)
         check_carried_dtype(name, directory.tensors[name])
