@@ -337,6 +337,9 @@ BAD = [
     ({"eos_token_id": "53"}, "eos_token_id: found"),
     ({"eos_token_id": [53, None]}, "eos_token_id: found"),
     ({"bos_token_id": -1}, "bos_token_id: found -1"),
+    ({"bos_token_id": 64}, "bos_token_id: found 64, expected an id below vocab_size 64"),
+    ({"eos_token_id": [2, 361]}, "eos_token_id: found 361, expected an id below vocab_size 64"),
+    ({"pad_token_id": 10**9}, "pad_token_id: found 1000000000, expected an id below vocab_size 64"),
     ({"torch_dtype": "int8"}, 'torch_dtype: found "int8", expected one of float32, bfloat16, float16'),
     ({"dtype": "float32", "torch_dtype": "bfloat16"}, "torch_dtype: found .* the same value as dtype"),
     ({"rope_parameters": DELETE}, "rope_theta: missing"),
@@ -540,7 +543,6 @@ MOE = st.builds(
 )
 SMALL = st.integers(1, 64)
 VISION = st.builds(VisionConfig, **dict.fromkeys(VisionConfig.model_fields, SMALL))
-TOKEN = st.none() | st.integers(0, 1000)
 # What from_hf could not tell from a key of the model is free: any JSON under names that no config uses.
 EXTRA = st.dictionaries(
     st.text(min_size=1).map("x_{}".format), st.none() | st.booleans() | st.integers() | st.lists(st.text()), max_size=3
@@ -572,12 +574,14 @@ def layer_specs(draw, model_type):
 def model_configs(draw, model_type):
     layers = draw(layer_specs(model_type))
     kv_heads = draw(st.integers(1, 4))
+    vocab_size = draw(SMALL)
+    token = st.integers(0, vocab_size - 1)
     mtp = None
     if model_type != "exaone" and draw(st.booleans()):
         mtp = LayerSpec(window=draw(st.none() | SMALL), rope=True, norm=layers[0].norm)
     return ModelConfig(
         model_type=model_type,
-        vocab_size=draw(SMALL),
+        vocab_size=vocab_size,
         hidden_size=draw(SMALL),
         intermediate_size=draw(SMALL),
         num_heads=kv_heads * draw(st.integers(1, 4)),
@@ -593,9 +597,9 @@ def model_configs(draw, model_type):
         max_position_embeddings=draw(st.integers(1, 2**20)),
         tie_word_embeddings=draw(st.booleans()),
         initializer_range=draw(st.floats(0, 1)),
-        bos_token_id=draw(TOKEN),
-        eos_token_ids=tuple(draw(st.lists(st.integers(0, 1000), max_size=3))),
-        pad_token_id=draw(TOKEN),
+        bos_token_id=draw(st.none() | token),
+        eos_token_ids=tuple(draw(st.lists(token, max_size=3))),
+        pad_token_id=draw(st.none() | token),
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
         vision=draw(st.none() | VISION) if model_type == "exaone4_5" else None,
     )
