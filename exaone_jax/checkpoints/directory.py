@@ -109,6 +109,11 @@ def open_hf(path: Path | str) -> HFDirectory:
     return directory
 
 
+def holds_weights(path: Path) -> bool:
+    """Is there anything in a directory that says it is a checkpoint, readable or not, and no mere config.json?"""
+    return any(entry.name.endswith((".safetensors", INDEX_FILE, *WEIGHT_SUFFIXES)) for entry in path.iterdir())
+
+
 def _no_weights(path: Path, names: list[str]) -> str:
     others = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
     if not others:

@@ -278,6 +278,10 @@ class NativeDirectory:
         } | self.manifest.carried
         self.warnings: list[str] = []
 
+    @property
+    def num_arrays(self) -> int:
+        return len(self._arrays)
+
     def _open(self, folder: Path, name: str, shape: tuple[int, ...], dtype: str | None) -> None:
         if dtype is None:
             raise CheckpointError(f"{self.path / MANIFEST}: has no dtype for parameter {name}")
