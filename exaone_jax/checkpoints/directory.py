@@ -269,11 +269,13 @@ def small_files(
 
 
 def _walk(directory: Path) -> Iterator[str]:
+    """Every file below; of folders only those that are not entered: links and hidden ones (.git, .cache)."""
     for folder, folders, files in os.walk(directory, followlinks=False):
         base = Path(folder).relative_to(directory)
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in links]
-        yield from ((base / name).as_posix() for name in (*files, *links))
+        hidden = [name for name in folders if name.startswith(".") and name not in links]
+        folders[:] = [name for name in folders if name not in (*links, *hidden)]
+        yield from ((base / name).as_posix() for name in (*files, *links, *hidden))
 
 
 def _why_not(directory: Path, relative: str, with_code: bool) -> str | None:
@@ -286,6 +288,8 @@ def _why_not(directory: Path, relative: str, with_code: bool) -> str | None:
         return "weights outside the checkpoint"
     if path.is_symlink() and path.is_dir():
         return "a link to a directory"
+    if path.is_dir():
+        return "a hidden folder"
     if not path.is_file():
         return "not a regular file"
     if path.stat().st_size > MAX_SMALL_FILE:

@@ -419,17 +419,23 @@ def test_small_files(copy: Path):
     (copy / ".git" / "config").write_text("x")
     (copy / "sub").mkdir()
     (copy / "sub" / "other.safetensors").write_bytes(b"x")
+    (copy / "sub" / ".cache" / "huggingface").mkdir(parents=True)
+    (copy / ".hidden").symlink_to(copy / "sub")
+    (copy / ".gitattributes").write_text("x")
     (copy / "loop").symlink_to(copy)
     kept, skipped = small_files(copy, frozenset({*SHARDS, INDEX_FILE}))
     assert [file.path for file in kept] == [
-        "LICENSE", "assets/logo.png", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json",
+        ".gitattributes", "LICENSE", "assets/logo.png", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json",
         "tokenizer_config.json",
     ]  # fmt: skip
-    assert {file.path for file in skipped} == {
-        "modeling_exaone.py",
-        "training_args.bin",
-        "sub/other.safetensors",
-        "loop",
+    assert {file.path: file.reason for file in skipped} == {
+        ".git": "a hidden folder",
+        ".hidden": "a link to a directory",
+        "loop": "a link to a directory",
+        "modeling_exaone.py": "code is copied only if asked for",
+        "sub/.cache": "a hidden folder",
+        "sub/other.safetensors": "weights outside the checkpoint",
+        "training_args.bin": "weights in another format; pickles may run code",
     }
 
 
