@@ -11,7 +11,14 @@ from types import TracebackType
 from typing import Any
 
 from exaone_jax.checkpoints.matching import collapse, table
-from exaone_jax.checkpoints.safetensors import MAX_HEADER_BYTES, Bits, Header, SafetensorsFile, TensorInfo
+from exaone_jax.checkpoints.safetensors import (
+    MAX_HEADER_BYTES,
+    Bits,
+    Header,
+    SafetensorsFile,
+    TensorInfo,
+    describe_foreign,
+)
 from exaone_jax.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -157,7 +164,8 @@ def parse_index(raw: bytes, where: str) -> tuple[dict[str, str], int | None]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{where}: not valid JSON: {error}") from error
+        kind = describe_foreign(raw[:512])
+        raise CheckpointError(f"{where}: " + (f"is {kind}" if kind else f"not valid JSON: {error}")) from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: expected an object with a weight_map that is not empty")

@@ -350,7 +350,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise CheckpointError(f"{where}: not the manifest of a native checkpoint")
-    if raw.get("version") != VERSION:
+    if type(raw.get("version")) is not int or raw["version"] != VERSION:  # True == 1
         raise CheckpointError(f"{where}: version {raw.get('version')!r}, this release reads {VERSION}")
     try:
         return _parse_manifest(path, _ManifestFile.model_validate(raw))

@@ -119,6 +119,11 @@ def test_index_without_total_size_is_a_warning(copy: Path):
     ("text", "message"),
     [
         ("{", "not valid JSON"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            f"{INDEX_FILE}: is a git-lfs pointer.*git lfs pull",
+        ),
+        ("<!DOCTYPE html><html></html>", f"{INDEX_FILE}: is an HTML or XML page"),
         ("[]", "weight_map"),
         ('{"weight_map": {}}', "weight_map"),
         ('{"weight_map": []}', "weight_map"),
@@ -288,6 +293,18 @@ def test_quantization_config_that_is_no_object(copy: Path, value: object):
         inspect_model(copy)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "config.json: a Git LFS pointer"),
+        (b"<html>", "config.json: an HTML or XML page"),
+    ],
+)
+def test_config_that_is_no_json(copy: Path, content: bytes, message: str):
+    (copy / "config.json").write_bytes(content)
+    refused(copy, message, ConfigError)
+
+
 def test_no_config(copy: Path):
     (copy / "config.json").unlink()
     refused(copy, "config.json: no such file", ConfigError)
@@ -425,8 +442,8 @@ def test_small_files(copy: Path):
     (copy / "loop").symlink_to(copy)
     kept, skipped = small_files(copy, frozenset({*SHARDS, INDEX_FILE}))
     assert [file.path for file in kept] == [
-        ".gitattributes", "LICENSE", "assets/logo.png", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json",
-        "tokenizer_config.json",
+        ".gitattributes", "LICENSE", "assets/logo.png", "chat_template.jinja", "config.json", "generation_config.json",
+        "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert {file.path: file.reason for file in skipped} == {
         ".git": "a hidden folder",

@@ -150,6 +150,7 @@ def test_a_damaged_chunk_is_found(native: Path, tmp_path: Path, change: str):
         (MANIFEST, "[" * 100_000, "exaone_jax.json: not valid JSON"),
         (MANIFEST, "{}", "not the manifest"),
         (MANIFEST, '{"format": "exaone_jax native checkpoint", "version": 2}', "version 2"),
+        (MANIFEST, '{"format": "exaone_jax native checkpoint", "version": true}', "version True, this release reads 1"),
         (MANIFEST, '{"format": "exaone_jax native checkpoint", "version": 1}', "damaged"),
         ("params/norm.scale/zarr.json", "{", "cannot be opened"),
         ("source/00000.header", "gone", "damaged"),

@@ -91,6 +91,9 @@ SAME = [
         {"rope_scaling": DELETE, "rope_theta": DELETE, "rope_parameters": {**LLAMA3, "rope_theta": 1e6}},
     ),
     ("EXAONE-4.0-32B", {"rope_scaling": {**LLAMA3, "rope_theta": 1000000}}),
+    ("EXAONE-4.0-32B", {"rope_parameters": {**LLAMA3, "rope_theta": 1e6}}),
+    ("EXAONE-4.0-32B", {"rope_theta": DELETE, "rope_parameters": {**LLAMA3, "rope_theta": 1e6}}),
+    ("K-EXAONE-236B-A23B", {"rope_scaling": {"type": "default"}, "rope_theta": 1000000}),
     ("EXAONE-4.0-32B", {"rope_scaling.type": "llama3", "rope_scaling.rope_type": DELETE}),
     ("EXAONE-4.0-32B", {"rope_scaling.type": "llama3"}),
     ("EXAONE-4.0-32B", {"layer_types": DELETE}),
@@ -427,6 +430,21 @@ def test_bad_values_name_key_found_and_expected(changes, message):
         ("EXAONE-4.0-32B", {"num_experts": 8}, "num_experts: found 8, expected no such key"),
         ("EXAONE-4.0-32B", {"swiglu_limits": [7.0] * 64}, "swiglu_limits"),
         ("EXAONE-4.0-32B", {"rope_scaling.factor": 0.5}, "factor"),
+        (
+            "EXAONE-4.0-32B",
+            {"rope_parameters": {**LLAMA3, "rope_theta": 1e6, "factor": 8.0}},
+            "rope_scaling: found .* expected the same as rope_parameters",
+        ),
+        (
+            "EXAONE-4.0-32B",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            "rope_scaling: found .* expected the same as rope_parameters",
+        ),
+        (
+            "EXAONE-4.0-32B",
+            {"rope_parameters": {**LLAMA3, "rope_theta": 1e4}},
+            "rope_theta: found 1000000.0, expected the same value as rope_parameters.rope_theta, 10000.0",
+        ),
         ("EXAONE-4.0-32B", {"original_max_position_embeddings": 4096}, "original_max_position_embeddings: found 4096"),
         ("EXAONE-4.5-33B", {"text_config": DELETE}, "text_config: found null, expected a JSON object"),
         ("EXAONE-4.5-33B", {"text_config.model_type": "qwen3"}, 'text_config.model_type: found "qwen3"'),
@@ -494,6 +512,13 @@ def test_missing_and_oversized_files(tmp_path):
         file.truncate(1 << 30)
     with pytest.raises(ConfigError, match="too large for a config"):
         read_config(tmp_path)
+
+
+def test_a_directory_named_config_json(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    for place in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(ConfigError, match=r"[^n]/config.json: cannot be read: Is a directory"):
+            read_config(place)
 
 
 def test_a_directory_is_read(tmp_path):
