@@ -44,7 +44,7 @@ format: $(VENV)/.dev ## put the code into ruff's form
 
 bench: ## how to run the benchmarks (each prints a table; none runs in the suite)
 	@echo "Install what they compare with:  make $(VENV)/.test"
-	@for script in benchmarks/[a-z]*.py; do echo "  $(VENV)/bin/python $$script"; done
+	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "  $(VENV)/bin/python $$script"; done
 
 clean: ## remove the environments and what tools leave
 	rm -rf $(VENV) $(LATEST_VENV) build dist demo-output .cache .pytest_cache .ruff_cache .hypothesis

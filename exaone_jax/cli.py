@@ -181,7 +181,10 @@ def inspect(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a model's layers, parameters, tensors, bytes and KV cache; reads no weights."""
+    """Show a model's layers, parameters, tensors, bytes and KV cache; reads no weights.
+
+    Exit code 1: there are weights, and their tensors do not fit config.json.
+    """
     from exaone_jax.planning.inspect import inspect_model, render
 
     inspection, sharded = inspect_model(model), None
@@ -192,10 +195,12 @@ def inspect(
         sharded = shard_model(inspection.config, MeshShape.parse(mesh))
     if as_json:
         _print_json(inspection.to_dict() | ({} if sharded is None else {"sharding": sharded.to_dict()}))
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    Console().print(render(inspection), *([] if sharded is None else [sharded.render()]))
+        Console().print(render(inspection), *([] if sharded is None else [sharded.render()]))
+    if not inspection.ok:
+        raise typer.Exit(EXIT_CHECK_FAILED)
 
 
 Source = Annotated[Path, typer.Argument(help="The checkpoint to read.", show_default=False)]

@@ -119,6 +119,8 @@ def new_directory(dst: Path, *, overwrite: bool, may_go: Callable[[Path, Path], 
     try:
         with storage_errors(str(dst)):
             fd = _lock(partial)
+        if fd is None:  # another process took it for a leftover before it was locked, and removes it
+            raise StorageError(f"{dst}: another process is writing it, and sweeps {partial.name}")
         yield partial
         with storage_errors(str(dst)):
             _refuse_foreign(dst, partial, may_go)

@@ -20,6 +20,8 @@ from exaone_jax.checkpoints.directory import (
     HFDirectory,
     SkippedFile,
     SmallFile,
+    check_index,
+    join_headers,
     open_hf,
     parse_index,
     resolve_inside,
@@ -27,11 +29,14 @@ from exaone_jax.checkpoints.directory import (
 )
 from exaone_jax.checkpoints.hf_writer import MAX_SHARD_BYTES, HFLayout, HFWriter, plan_layout
 from exaone_jax.checkpoints.load import checked_config, open_checkpoint
-from exaone_jax.checkpoints.matching import check_stacks, check_tensors
+from exaone_jax.checkpoints.matching import check_tensors
 from exaone_jax.checkpoints.memory import MemoryTree
 from exaone_jax.checkpoints.names import path_name, tensor_map
 from exaone_jax.checkpoints.native import (
+    MANIFEST,
     RESERVED,
+    SOURCE,
+    SOURCE_INDEX,
     Manifest,
     NativeDirectory,
     NativeWriter,
@@ -144,7 +149,6 @@ def _plan_from_hf(
     config = checked_config(directory)
     where = str(directory.path)
     extra = check_tensors(config, directory.tensors, where, _pattern(allow_extra))
-    check_stacks(config, directory.tensors, where)
     for name in extra:
         check_carried_name(name)
         check_carried_dtype(name, directory.tensors[name])
@@ -298,10 +302,15 @@ def _hf_layout(native: NativeDirectory, max_shard_bytes: int | None) -> HFLayout
     if recorded is None or max_shard_bytes is not None:
         return plan_layout(native.tensors, MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes)
     files = {file.name: parse_header(file.header, file.size, f"{native.path}: {file.name}") for file in recorded.files}
-    named = {name: info for header in files.values() for name, info in header.tensors.items()}
+    named, file_of = join_headers(files, str(native.path))
     kept = {name: (info.dtype, info.shape) for name, info in native.tensors.items()}
     if {name: (info.dtype, info.shape) for name, info in named.items()} != kept:
         raise CheckpointError(f"{native.path}: the recorded headers and the arrays are not of the same tensors")
+    if recorded.index is not None:
+        where = str(native.path / SOURCE / SOURCE_INDEX)
+        check_index(*parse_index(recorded.index, where), named, file_of, where)
+    elif list(files) != [SINGLE_FILE]:
+        raise CheckpointError(f"{native.path / MANIFEST}: records {', '.join(files)} without an index")
     return HFLayout(files, recorded.index)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -11,7 +11,14 @@ from types import TracebackType
 from typing import Any
 
 from exaone_jax.checkpoints.matching import collapse, table
-from exaone_jax.checkpoints.safetensors import MAX_HEADER_BYTES, Bits, SafetensorsFile, TensorInfo
+from exaone_jax.checkpoints.safetensors import (
+    MAX_HEADER_BYTES,
+    Bits,
+    Header,
+    SafetensorsFile,
+    TensorInfo,
+    describe_foreign,
+)
 from exaone_jax.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -94,17 +101,24 @@ def open_hf(path: Path | str) -> HFDirectory:
     if not weights and INDEX_FILE not in names:
         raise CheckpointError(_no_weights(path, names))
     if INDEX_FILE not in names:
-        return _open_files(path, _single(path, weights), None, {})
+        return _open_files(path, _single(path, weights), None)
     raw = _read_limited(resolve_inside(path, INDEX_FILE))
     weight_map, total_size = parse_index(raw, str(path / INDEX_FILE))
     _check_shards(path, weights, set(weight_map.values()))
-    directory = _open_files(path, sorted(set(weight_map.values())), raw, weight_map)
+    directory = _open_files(path, sorted(set(weight_map.values())), raw)
     try:
-        _check_index(directory, weight_map, total_size)
+        check_index(weight_map, total_size, directory.tensors, directory.file_of, str(path / INDEX_FILE))
     except CheckpointError:
         directory.close()
         raise
+    if total_size is None:
+        directory.warnings.append(f"{path / INDEX_FILE}: states no total_size")
     return directory
+
+
+def holds_weights(path: Path) -> bool:
+    """Is there anything in a directory that says it is a checkpoint, readable or not, and no mere config.json?"""
+    return any(entry.name.endswith((".safetensors", INDEX_FILE, *WEIGHT_SUFFIXES)) for entry in path.iterdir())
 
 
 def _no_weights(path: Path, names: list[str]) -> str:
@@ -150,7 +164,8 @@ def parse_index(raw: bytes, where: str) -> tuple[dict[str, str], int | None]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{where}: not valid JSON: {error}") from error
+        kind = describe_foreign(raw[:512])
+        raise CheckpointError(f"{where}: " + (f"is {kind}" if kind else f"not valid JSON: {error}")) from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: expected an object with a weight_map that is not empty")
@@ -191,24 +206,35 @@ def _check_shards(path: Path, weights: list[str], named: set[str]) -> None:
         )
 
 
-def _open_files(path: Path, names: list[str], index: bytes | None, weight_map: dict[str, str]) -> HFDirectory:
+def _open_files(path: Path, names: list[str], index: bytes | None) -> HFDirectory:
     with ExitStack() as stack:
         files = {name: stack.enter_context(SafetensorsFile(resolve_inside(path, name))) for name in names}
-        directory = HFDirectory(path, files, index)
-        for file_name, file in files.items():
-            directory.warnings.extend(file.header.warnings)
-            for name, info in file.header.tensors.items():
-                if name in directory.tensors:
-                    raise CheckpointError(
-                        f"{path}: tensor {name!a} is both in {directory.file_of[name]} and in {file_name}"
-                    )
-                directory.tensors[name], directory.file_of[name] = info, file_name
+        tensors, file_of = join_headers({name: file.header for name, file in files.items()}, str(path))
+        warnings = [warning for file in files.values() for warning in file.header.warnings]
         stack.pop_all()
-    return directory
+    return HFDirectory(path, files, index, tensors, file_of, warnings)
 
 
-def _check_index(directory: HFDirectory, weight_map: dict[str, str], total_size: int | None) -> None:
-    where, file_of = directory.path / INDEX_FILE, directory.file_of
+def join_headers(headers: Mapping[str, Header], where: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """-> the tensors of several files, and the file of each. Raises CheckpointError for a tensor in two of them."""
+    tensors: dict[str, TensorInfo] = {}
+    file_of: dict[str, str] = {}
+    for file, header in headers.items():
+        for name, info in header.tensors.items():
+            if name in tensors:
+                raise CheckpointError(f"{where}: tensor {name!a} is both in {file_of[name]} and in {file}")
+            tensors[name], file_of[name] = info, file
+    return tensors, file_of
+
+
+def check_index(
+    weight_map: Mapping[str, str],
+    total_size: int | None,
+    tensors: Mapping[str, TensorInfo],
+    file_of: Mapping[str, str],
+    where: str,
+) -> None:
+    """Raises CheckpointError unless a parsed index says what the headers say (see `parse_index` and `join_headers`)."""
     for name, file in weight_map.items():
         if file_of.get(name) != file:
             there = f"it is in {file_of[name]}" if name in file_of else "no file has it"
@@ -216,13 +242,10 @@ def _check_index(directory: HFDirectory, weight_map: dict[str, str], total_size:
     unlisted = [name for name in file_of if name not in weight_map]
     if unlisted:
         lines = table("tensors in the files that the index does not list", map(ascii, unlisted))
-        raise CheckpointError("\n".join([str(where), *lines]))
-    if total_size is None:
-        directory.warnings.append(f"{where}: states no total_size")
-    elif total_size != directory.nbytes:
-        raise CheckpointError(
-            f"{where}: total_size is {total_size}, the files hold {directory.nbytes} bytes of tensors"
-        )
+        raise CheckpointError("\n".join([where, *lines]))
+    nbytes = sum(info.nbytes for info in tensors.values())
+    if total_size is not None and total_size != nbytes:
+        raise CheckpointError(f"{where}: total_size is {total_size}, the files hold {nbytes} bytes of tensors")
 
 
 def resolve_inside(root: Path, name: str) -> Path:
@@ -254,11 +277,13 @@ def small_files(
 
 
 def _walk(directory: Path) -> Iterator[str]:
+    """Every file below; of folders only those that are not entered: links and hidden ones (.git, .cache)."""
     for folder, folders, files in os.walk(directory, followlinks=False):
         base = Path(folder).relative_to(directory)
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in links]
-        yield from ((base / name).as_posix() for name in (*files, *links))
+        hidden = [name for name in folders if name.startswith(".") and name not in links]
+        folders[:] = [name for name in folders if name not in (*links, *hidden)]
+        yield from ((base / name).as_posix() for name in (*files, *links, *hidden))
 
 
 def _why_not(directory: Path, relative: str, with_code: bool) -> str | None:
@@ -271,6 +296,8 @@ def _why_not(directory: Path, relative: str, with_code: bool) -> str | None:
         return "weights outside the checkpoint"
     if path.is_symlink() and path.is_dir():
         return "a link to a directory"
+    if path.is_dir():
+        return "a hidden folder"
     if not path.is_file():
         return "not a regular file"
     if path.stat().st_size > MAX_SMALL_FILE:

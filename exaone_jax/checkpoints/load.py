@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from exaone_jax.checkpoints.bits import FLOATS, as_bits, as_float
 from exaone_jax.checkpoints.copying import default_workers
 from exaone_jax.checkpoints.directory import CONFIG_FILE, HFDirectory, open_hf
-from exaone_jax.checkpoints.matching import check_stacks, check_tensors, checked_quantization, without_mtp
+from exaone_jax.checkpoints.matching import check_tensors, checked_quantization, without_mtp
 from exaone_jax.checkpoints.names import Parameter, ParameterPath, TensorMap, parameters, path_name
 from exaone_jax.checkpoints.native import NativeDirectory, is_native, rows_per_chunk
 from exaone_jax.config.hf import read_config_and_extra
@@ -40,7 +40,6 @@ def open_checkpoint(path: Path | str) -> tuple[ModelConfig, Checkpoint]:
     try:
         config = checked_config(directory)
         check_tensors(config, directory.tensors, str(path))
-        check_stacks(config, directory.tensors, str(path))
     except BaseException:
         directory.close()
         raise

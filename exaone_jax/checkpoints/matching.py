@@ -1,10 +1,12 @@
 """Do the tensors that were found fit the configuration? Asked of headers alone, before any data is read."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from exaone_jax.checkpoints.names import MTP_PREFIX, tensor_map
+from exaone_jax.checkpoints.names import MTP_PREFIX, TensorMap, tensor_map
 from exaone_jax.checkpoints.safetensors import TensorInfo
 from exaone_jax.config.hf import quantization
 from exaone_jax.config.model import ModelConfig
@@ -69,48 +71,70 @@ def checked_quantization(extra: dict[str, Any], where: str) -> dict[str, Any] | 
     raise ConfigError(f"{where}: quantization_config: found {ascii(found)[:200]}, expected an object")
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How tensors differ from a configuration: names, and for `shapes` and `dtypes` name -> "found ..., expected ..."."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    shapes: dict[str, str]
+    dtypes: dict[str, str]
+
+
+def fit(config: ModelConfig, found: Mapping[str, TensorInfo]) -> Fit:
+    """Compare the tensors found with those of the configuration: names, shapes, dtypes."""
+    maps = {tensor.name: tensor for tensor in tensor_map(config)}
+    present = {name: found[name] for name in maps if name in found}
+    return Fit(
+        missing=tuple(name for name in maps if name not in found),
+        unexpected=tuple(name for name in found if name not in maps),
+        shapes={
+            name: f"found {list(info.shape)}, expected {list(maps[name].shape)}"
+            for name, info in present.items()
+            if info.shape != maps[name].shape
+        },
+        dtypes=_wrong_dtypes(maps, present),
+    )
+
+
+def _wrong_dtypes(maps: Mapping[str, TensorMap], present: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Dtypes that no weight may have, or other ones than most of their kind: a lie that keeps the size shows only so."""
+    kinds: dict[str, list[str]] = {}
+    for name in present:
+        tensor = maps[name]
+        kind = "vision tensors" if tensor.carried else "router biases" if tensor.keep_float32 else "weights"
+        kinds.setdefault(kind, []).append(name)
+    wrong = {}
+    for kind, names in kinds.items():
+        usual = Counter(present[name].dtype for name in names).most_common(1)[0][0]
+        for name in names:
+            dtype, allowed = present[name].dtype, maps[name].dtypes
+            if dtype not in allowed:
+                wrong[name] = f"found {dtype}, expected {' or '.join(allowed)}"
+            elif dtype != usual:
+                wrong[name] = f"found {dtype}, the other {kind} are {usual}"
+    return wrong
+
+
 def check_tensors(
     config: ModelConfig, found: Mapping[str, TensorInfo], where: str, allow_extra: re.Pattern[str] | None = None
 ) -> tuple[str, ...]:
     """Every tensor of the configuration is there with its shape and an allowed dtype, and no other is.
 
+    All weights share one dtype, all router biases one, and all vision tensors one.
     Returns the extra names that `allow_extra` matches in full.
 
     Raises:
         CheckpointError: with one collapsed table each of what is missing, unexpected, of wrong shape, of wrong dtype.
     """
-    maps = {tensor.name: tensor for tensor in tensor_map(config)}
-    extra = [name for name in found if name not in maps]
-    refused = [name for name in extra if allow_extra is None or not allow_extra.fullmatch(name)]
-    present = [(name, tensor, found[name]) for name, tensor in maps.items() if name in found]
-    shapes = [
-        f"{name}: found {list(info.shape)}, expected {list(tensor.shape)}"
-        for name, tensor, info in present
-        if info.shape != tensor.shape
-    ]
-    dtypes = [
-        f"{name}: found {info.dtype}, expected {' or '.join(tensor.dtypes)}"
-        for name, tensor, info in present
-        if info.dtype not in tensor.dtypes
-    ]
+    differs = fit(config, found)
+    refused = [name for name in differs.unexpected if allow_extra is None or not allow_extra.fullmatch(name)]
     lines = [
-        *table("missing tensors", (name for name in maps if name not in found)),
+        *table("missing tensors", differs.missing),
         *table("tensors that the configuration does not have", map(printable, refused)),
-        *table("wrong shape", shapes),
-        *table("wrong dtype", dtypes),
+        *table("wrong shape", (f"{name}: {both}" for name, both in differs.shapes.items())),
+        *table("wrong dtype", (f"{name}: {both}" for name, both in differs.dtypes.items())),
     ]
     if lines:
         raise CheckpointError("\n".join([f"{where}: the tensors do not fit config.json ({config.model_type})", *lines]))
-    return tuple(extra)
-
-
-def check_stacks(config: ModelConfig, found: Mapping[str, TensorInfo], where: str) -> None:
-    """Tensors that are stacked into one parameter share one dtype."""
-    first: dict[object, tuple[str, str]] = {}
-    for tensor in tensor_map(config):
-        name, dtype = first.setdefault(tensor.path, (tensor.name, found[tensor.name].dtype))
-        if found[tensor.name].dtype != dtype:
-            raise CheckpointError(
-                f"{where}: {tensor.name} is {found[tensor.name].dtype} but {name} is {dtype}; "
-                "tensors of one stacked parameter must share a dtype"
-            )
+    return differs.unexpected

@@ -43,6 +43,7 @@ from exaone_jax.errors import CheckpointError, StorageError
 
 MANIFEST = "exaone_jax.json"
 PARAMS, CARRIED_FOLDER, SOURCE = "params", "carried", "source"
+SOURCE_INDEX = "index.json"  # in SOURCE
 RESERVED = frozenset({MANIFEST, PARAMS, CARRIED_FOLDER, SOURCE})
 FORMAT, VERSION = "exaone_jax native checkpoint", 1
 # A larger tensor is cut into several chunks: that bounds memory, and malloc reuses blocks of this size.
@@ -229,7 +230,7 @@ class NativeWriter:
             for number, file in enumerate(self.manifest.source.files):
                 write_new(self.root / SOURCE / f"{number:05d}.header", file.header)
             if self.manifest.source.index is not None:
-                write_new(self.root / SOURCE / "index.json", self.manifest.source.index)
+                write_new(self.root / SOURCE / SOURCE_INDEX, self.manifest.source.index)
         write_new(self.root / MANIFEST, json.dumps(self.manifest.to_dict(), indent=1).encode() + b"\n")
 
 
@@ -276,6 +277,10 @@ class NativeDirectory:
             for name, tensor in self._maps.items()
         } | self.manifest.carried
         self.warnings: list[str] = []
+
+    @property
+    def num_arrays(self) -> int:
+        return len(self._arrays)
 
     def _open(self, folder: Path, name: str, shape: tuple[int, ...], dtype: str | None) -> None:
         if dtype is None:
@@ -345,7 +350,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise CheckpointError(f"{where}: not the manifest of a native checkpoint")
-    if raw.get("version") != VERSION:
+    if type(raw.get("version")) is not int or raw["version"] != VERSION:  # True == 1
         raise CheckpointError(f"{where}: version {raw.get('version')!r}, this release reads {VERSION}")
     try:
         return _parse_manifest(path, _ManifestFile.model_validate(raw))
@@ -406,7 +411,7 @@ def _parse_manifest(path: Path, raw: _ManifestFile) -> Manifest:
         for file in files:
             if not is_shard_name(file.name):
                 raise CheckpointError(f"{path / MANIFEST}: {file.name!a} is not the name of a .safetensors file")
-        source = SourceLayout(files, (folder / "index.json").read_bytes() if raw.source.index else None)
+        source = SourceLayout(files, (folder / SOURCE_INDEX).read_bytes() if raw.source.index else None)
     return Manifest(config, raw.mtp, raw.dtypes, carried, raw.copied, source)
 
 

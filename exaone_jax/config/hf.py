@@ -418,13 +418,31 @@ def _mtp(keys: _Keys, layers: tuple[LayerSpec, ...], sliding_window: int | None)
 
 
 def _rope(keys: _Keys) -> tuple[float, Llama3RopeScaling | None]:
-    """theta and scaling from `rope_parameters`, nested `rope_scaling`, or flat `rope_theta` beside `rope_scaling`."""
-    name = keys.alias("rope_parameters", "rope_scaling")
-    inner = _Keys({} if keys.raw.get(name) is None else keys.raw[name], f"{keys.where}{name}.")
+    """theta and scaling from `rope_parameters`, nested `rope_scaling`, or flat `rope_theta` beside `rope_scaling`.
+
+    Where several are there they must mean the same, however each is spelled.
+    """
+    spellings = ("rope_parameters", "rope_scaling")
+    keys.taken.update(spellings)
+    read = {name: _rope_object(keys, name) for name in spellings if name in keys}
+    thetas = {f"{name}.rope_theta": theta for name, (theta, _) in read.items() if theta is not None}
+    flat = keys.positive("rope_theta", default=None if thetas else _REQUIRED)
+    if flat is not None:
+        thetas["rope_theta"] = flat
+    (first, theta), *others = thetas.items()
+    for name, other in others:
+        if other != theta:
+            raise _wrong(keys.where + name, other, f"the same value as {keys.where}{first}, {theta}")
+    scalings = [scaling for _, scaling in read.values()]
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise keys.wrong("rope_scaling", f"the same as rope_parameters, {json.dumps(keys.raw['rope_parameters'])}")
+    return theta, scalings[0] if scalings else None
+
+
+def _rope_object(keys: _Keys, name: str) -> tuple[float | None, Llama3RopeScaling | None]:
+    """theta (None if it is not in there) and scaling of one object, `rope_parameters` or `rope_scaling`."""
+    inner = _Keys(keys.raw[name], f"{keys.where}{name}.")
     theta = inner.positive("rope_theta", default=None)
-    flat = keys.positive("rope_theta", default=_REQUIRED if theta is None else theta)
-    if theta is not None and flat != theta:
-        raise keys.wrong("rope_theta", f"the same value as {inner.where}rope_theta, {theta}")
     rope_type = inner.choice(inner.alias("rope_type", "type"), ("default", "llama3"), default="default")
     if inner.raw.get("partial_rotary_factor", 1) != 1:
         raise inner.wrong("partial_rotary_factor", "1: nothing else is implemented")
@@ -444,7 +462,7 @@ def _rope(keys: _Keys) -> tuple[float, Llama3RopeScaling | None]:
     if inner.rest():
         key = next(iter(inner.rest()))
         raise inner.wrong(key, f"no such key for rope_type {rope_type}")
-    return flat, scaling
+    return theta, scaling
 
 
 def _vision(top: _Keys) -> tuple[VisionConfig | None, Json]:
@@ -637,7 +655,7 @@ def _mtp_fields(config: ModelConfig) -> Json:
 def read_raw_config(path: Path | str) -> Json:
     """The JSON object in `path`: a config.json, or a directory that holds one. Raises ConfigError naming the path."""
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and path.name != "config.json":
         path = path / "config.json"
     try:
         size = path.stat().st_size

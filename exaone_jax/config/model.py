@@ -118,6 +118,13 @@ class ModelConfig(_Frozen):
             raise ValueError(f"head_dim must be even for rotary embeddings, found {self.head_dim}")
         if any(layer.moe for layer in self.layers) and self.moe is None:
             raise ValueError("a layer is a mixture of experts but the model has no `moe` section")
+        for name, ids in (
+            ("bos_token_id", (self.bos_token_id,)),
+            ("eos_token_id", self.eos_token_ids),
+            ("pad_token_id", (self.pad_token_id,)),
+        ):
+            if wrong := [token for token in ids if token is not None and not 0 <= token < self.vocab_size]:
+                raise ValueError(f"{name}: found {wrong[0]}, expected an id below vocab_size {self.vocab_size}")
         return self
 
     @property

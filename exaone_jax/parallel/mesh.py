@@ -1,6 +1,7 @@
 """The one place that makes a device mesh and decides its axis types."""
 
 import math
+import re
 from collections.abc import Sequence
 
 import jax
@@ -34,9 +35,9 @@ class MeshShape(BaseModel):
     def parse(cls, text: str) -> "MeshShape":
         """From "fsdp=4,tensor=2". Raises ConfigError that names the part that is wrong."""
         sizes: dict[str, int] = {}
-        for part in filter(None, text.replace(" ", "").split(",")):
-            axis, equals, size = part.partition("=")
-            if not equals or axis not in MESH_AXES or axis in sizes or not size.lstrip("-").isdigit():
+        for part in text.replace(" ", "").split(","):
+            axis, _, size = part.partition("=")
+            if axis not in MESH_AXES or axis in sizes or not re.fullmatch("-?[0-9]{1,9}", size):
                 raise ConfigError(f"mesh: found {part!r}, expected AXIS=SIZE, each axis of {', '.join(MESH_AXES)} once")
             sizes[axis] = int(size)
         if bad := [f"{axis}={size}" for axis, size in sizes.items() if size < _REST or size == 0]:

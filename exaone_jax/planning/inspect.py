@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exaone_jax.checkpoints import names
-from exaone_jax.checkpoints.matching import checked_quantization, collapse, printable
-from exaone_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo
+from exaone_jax.checkpoints.directory import holds_weights, open_hf
+from exaone_jax.checkpoints.matching import checked_quantization, collapse, fit, printable, without_mtp
+from exaone_jax.checkpoints.native import NativeDirectory, is_native
+from exaone_jax.checkpoints.safetensors import TensorInfo
 from exaone_jax.config import LayerSpec, ModelConfig, layer_plan, published, read_config_and_extra
-from exaone_jax.errors import CheckpointError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,15 +55,17 @@ class KVMemory:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the safetensors files of a directory hold, by their headers, against what the configuration says.
+    """What a checkpoint holds, by its headers, against what the configuration says.
 
     Attributes:
-        files: number of safetensors files.
+        native: it has the native form; else it is a Hugging Face directory.
+        files: number of safetensors files, or of arrays in the native form.
         tensors, parameters, bytes: found in them.
         dtypes: number of tensors of each safetensors dtype.
-        missing, unexpected, mismatched: names; a mismatched tensor has another shape than the configuration says.
+        missing, unexpected, mismatched: names; a mismatched tensor is there with a wrong shape or dtype.
     """
 
+    native: bool
     files: int
     tensors: int
     parameters: int
@@ -71,6 +75,11 @@ class Checkpoint:
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
 
+    @property
+    def fits(self) -> bool:
+        """Can it be loaded? Tensors that the native form has beyond the configuration were carried there on request."""
+        return not (self.missing or self.mismatched or (self.unexpected and not self.native))
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -78,12 +87,12 @@ class Inspection:
 
     Attributes:
         name: of the published model, or the path.
-        config: the model.
+        config: the model; without the MTP layer where a checkpoint has no tensor of it (`mtp_absent`), as it is loaded.
         main, mtp, vision: the parts that `tensors`, `parameters` and `bytes` add up; None where the model has none.
         active_parameters: parameters that compute one token: all of `main` but the input embedding (a lookup; counted
             where it is tied to the output) and the experts that the router does not choose.
         quantization: the `quantization_config` of config.json. `bytes` are those of the model before quantisation.
-        checkpoint: None where there are no safetensors files.
+        checkpoint: None where there are no weights.
     """
 
     name: str
@@ -94,6 +103,12 @@ class Inspection:
     active_parameters: int
     quantization: dict[str, Any] | None
     checkpoint: Checkpoint | None
+    mtp_absent: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """The checkpoint, if there is one, fits the configuration. Quantised tensors are not meant to."""
+        return self.checkpoint is None or self.quantization is not None or self.checkpoint.fits
 
     def _sum(self, field: str) -> int:
         return sum(getattr(part, field) for part in (self.main, self.mtp, self.vision) if part is not None)
@@ -166,6 +181,7 @@ class Inspection:
                 for name, part in (("main", self.main), ("mtp", self.mtp), ("vision", self.vision))
                 if part is not None
             },
+            "mtp_absent": self.mtp_absent,
             "layers": config.num_layers,
             "layer_plan": self.plan,
             "vocab_size": config.vocab_size,
@@ -194,10 +210,11 @@ def layer_symbol(layer: LayerSpec, mixed: bool) -> str:
 
 
 def inspect_model(name_or_path: str | Path) -> Inspection:
-    """Inspect a published model by name, a config.json, or a directory that holds one and perhaps safetensors files.
+    """Inspect a published model by name, a config.json, or a directory that holds one and perhaps weights, in either form.
 
     A path that exists is a path. Reads no tensor data and imports no jax. Raises ConfigError for an unknown name or a
-    wrong config.json, CheckpointError for a malformed header.
+    wrong config.json, CheckpointError for a checkpoint that cannot be opened. One that can be opened but does not fit
+    its config.json is no error here: see `Inspection.ok`.
     """
     path = Path(name_or_path)
     if path.exists():
@@ -205,7 +222,8 @@ def inspect_model(name_or_path: str | Path) -> Inspection:
     else:
         name = str(name_or_path).removeprefix(_OWNER)
         source = published(name)
-    config, extra = read_config_and_extra(source)
+    promised, extra = read_config_and_extra(source)
+    config, checkpoint = _checkpoint(promised, path) if path.is_dir() else (promised, None)
     parts = _parts(config)
     return Inspection(
         name=name,
@@ -215,7 +233,8 @@ def inspect_model(name_or_path: str | Path) -> Inspection:
         vision=parts.get("vision"),
         active_parameters=_active_parameters(config),
         quantization=checked_quantization(extra, name),
-        checkpoint=_checkpoint(config, path) if path.is_dir() else None,
+        checkpoint=checkpoint,
+        mtp_absent=config.mtp_layer != promised.mtp_layer,
     )
 
 
@@ -249,35 +268,30 @@ def _active_parameters(config: ModelConfig) -> int:
     return total
 
 
-def _headers(files: list[Path]) -> dict[str, TensorInfo]:
-    """Every tensor of these safetensors files, by their headers alone."""
-    found: dict[str, TensorInfo] = {}
-    home: dict[str, Path] = {}
-    for path in files:
-        with SafetensorsFile(path) as file:
-            tensors = file.header.tensors
-        for name, tensor in tensors.items():
-            if name in found:
-                raise CheckpointError(f"tensor {name!a} is both in {home[name]} and in {path}: a stale shard?")
-            found[name], home[name] = tensor, path
-    return found
+def _checkpoint(config: ModelConfig, directory: Path) -> tuple[ModelConfig, Checkpoint | None]:
+    """What lies in a directory, opened as loading opens it, and the configuration of what is there."""
+    if is_native(directory):
+        with NativeDirectory(directory) as native:
+            return native.config, _compared(native.config, native.tensors, True, native.num_arrays)
+    if not holds_weights(directory):
+        return config, None
+    with open_hf(directory) as opened:
+        config = without_mtp(config, opened.tensors)
+        return config, _compared(config, opened.tensors, False, len(opened.files))
 
 
-def _checkpoint(config: ModelConfig, directory: Path) -> Checkpoint | None:
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        return None
-    found = _headers(files)
-    expected = {tensor.name: tensor.shape for tensor in names.tensor_map(config)}
+def _compared(config: ModelConfig, found: Mapping[str, TensorInfo], native: bool, files: int) -> Checkpoint:
+    differs = fit(config, found)
     return Checkpoint(
-        files=len(files),
+        native=native,
+        files=files,
         tensors=len(found),
         parameters=sum(math.prod(tensor.shape) for tensor in found.values()),
         bytes=sum(tensor.nbytes for tensor in found.values()),
         dtypes=dict(Counter(tensor.dtype for tensor in found.values())),
-        missing=tuple(name for name in expected if name not in found),
-        unexpected=tuple(name for name in found if name not in expected),
-        mismatched=tuple(name for name, shape in expected.items() if name in found and found[name].shape != shape),
+        missing=differs.missing,
+        unexpected=differs.unexpected,
+        mismatched=tuple(differs.shapes | differs.dtypes),
     )
 
 
@@ -309,6 +323,8 @@ def _rows(inspection: Inspection) -> list[tuple[str, str]]:
     for label, part in (("  of them MTP", inspection.mtp), ("  of them vision", inspection.vision)):
         if part is not None:
             rows.append((label, f"{part.parameters:,} parameters, {part.tensors:,} tensors, {_size(part.bytes)}"))
+    if inspection.mtp_absent:
+        rows.append(("MTP layer", "none: config.json has one, the checkpoint has no weights of it"))
     if config.mtp_layer is not None:
         times = "" if config.mtp_num_steps == 1 else f", applied {config.mtp_num_steps} times"
         rows.append(("MTP layer", layer_symbol(config.mtp_layer, config.moe is not None) + times))
@@ -366,7 +382,7 @@ def _checkpoint_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     rows = [
         (
             "on disk",
-            f"{checkpoint.files:,} files, {checkpoint.tensors:,} tensors ({dtypes}), "
+            f"{checkpoint.files:,} {'arrays' if checkpoint.native else 'files'}, {checkpoint.tensors:,} tensors ({dtypes}), "
             f"{checkpoint.parameters:,} parameters, {checkpoint.bytes:,} bytes ({_size(checkpoint.bytes)})",
         )
     ]

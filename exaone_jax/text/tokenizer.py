@@ -415,14 +415,22 @@ def _config_templates(value: Any) -> dict[str, str]:
 
 
 def _read_eos_ids(directory: Path) -> list[int]:
+    """What generation_config.json says, else config.json, else its text_config. An id need not be in the vocabulary."""
     generation, config = _read_object(directory / "generation_config.json"), _read_object(directory / "config.json")
     text = config.get("text_config")
-    sources = (generation, config, text if isinstance(text, dict) else {})
-    value = next((source["eos_token_id"] for source in sources if source.get("eos_token_id") is not None), [])
-    ids = value if isinstance(value, list) else [value]
-    if any(isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0 for token_id in ids):
-        raise CheckpointError(f"{directory}: eos_token_id is {value!r}; expected a token id or a list of them")
-    return ids
+    sources = (("generation_config.json", generation), ("config.json", config), ("config.json", text))
+    for file, source in sources:
+        value = source.get("eos_token_id") if isinstance(source, dict) else None
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in ids):
+            raise CheckpointError(
+                f"{directory / file}: eos_token_id: found {ascii(value)[:200]}, expected a token id or a list of token "
+                "ids, each at least 0 and below 2**31"
+            )
+        return ids
+    return []
 
 
 def _read_object(file: Path) -> dict[str, Any]:

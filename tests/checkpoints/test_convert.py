@@ -527,6 +527,23 @@ def test_a_running_conversion_is_not_swept(larger: Path, tmp_path: Path):
         assert partial.is_dir()
 
 
+def test_a_directory_that_another_process_sweeps_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lock, held = atomic._lock, []
+
+    def lock_after_another(directory: Path) -> int | None:
+        held.append(lock(directory))  # flock goes by descriptor: this one is as good as another process
+        return lock(directory)
+
+    monkeypatch.setattr(atomic, "_lock", lock_after_another)
+    with (
+        pytest.raises(StorageError, match="another process is writing it"),
+        atomic.new_directory(tmp_path / "out", overwrite=False, may_go=lambda *_: False),
+    ):
+        pytest.fail("the directory was handed out")
+    os.close(held[0])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("direction", ["from_hf", "to_hf"])
 def test_file_size_limit_leaves_nothing(direction: str, larger: Path, tmp_path: Path):
     """EFBIG stands in for a disk that fills up: the same path through the writer."""

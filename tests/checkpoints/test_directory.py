@@ -13,10 +13,11 @@ import pytest
 from exaone_jax.checkpoints import convert, load
 from exaone_jax.checkpoints.directory import INDEX_FILE, SINGLE_FILE, open_hf, small_files
 from exaone_jax.checkpoints.matching import collapse
+from exaone_jax.checkpoints.names import vision_shapes
 from exaone_jax.checkpoints.safetensors import SafetensorsFile, TensorInfo, write_file
 from exaone_jax.errors import CheckpointError, ConfigError
 from exaone_jax.planning.inspect import inspect_model
-from tests.checkpoints.synthetic import MODELS, exaone, exaone4, exaone_moe, write_checkpoint
+from tests.checkpoints.synthetic import MODELS, VISION, exaone, exaone4, exaone_moe, write_checkpoint
 
 SHARDS = ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"]
 
@@ -118,6 +119,11 @@ def test_index_without_total_size_is_a_warning(copy: Path):
     ("text", "message"),
     [
         ("{", "not valid JSON"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            f"{INDEX_FILE}: is a git-lfs pointer.*git lfs pull",
+        ),
+        ("<!DOCTYPE html><html></html>", f"{INDEX_FILE}: is an HTML or XML page"),
         ("[]", "weight_map"),
         ('{"weight_map": {}}', "weight_map"),
         ('{"weight_map": []}', "weight_map"),
@@ -287,6 +293,18 @@ def test_quantization_config_that_is_no_object(copy: Path, value: object):
         inspect_model(copy)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "config.json: a Git LFS pointer"),
+        (b"<html>", "config.json: an HTML or XML page"),
+    ],
+)
+def test_config_that_is_no_json(copy: Path, content: bytes, message: str):
+    (copy / "config.json").write_bytes(content)
+    refused(copy, message, ConfigError)
+
+
 def test_no_config(copy: Path):
     (copy / "config.json").unlink()
     refused(copy, "config.json: no such file", ConfigError)
@@ -339,7 +357,34 @@ def test_mixed_dtypes_in_one_stack(tmp_path: Path):
     path = write_checkpoint(tmp_path / "model", exaone4(), finite=True)
     name = "model.layers.6.self_attn.q_proj.weight"
     rewrite(path, lambda tensors: tensors.update({name: ("F32", tensors[name][1].astype(np.uint32))}))
-    refused(path, f"{name} is F32 but model.layers.2.self_attn.q_proj.weight is BF16; .* must share a dtype")
+    refused(path, f"wrong dtype:\n  {name}: found F32, the other weights are BF16")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "kind"),
+    [
+        ("lm_head.weight", "F16", "weights are BF16"),
+        ("mtp.fc.weight", "F16", "weights are BF16"),
+        ("model.layers.1.mlp.e_score_correction_bias", "BF16", "router biases are F32"),
+    ],
+)
+def test_one_tensor_of_another_dtype(single: Path, name: str, dtype: str, kind: str):
+    """float16 bits under the name of bfloat16 look the same to every check of size."""
+    rewrite(single, lambda tensors: tensors.update({name: (dtype, tensors[name][1].astype(np.uint16))}))
+    refused(single, f"wrong dtype:\n  {name}: found {dtype}, the other {kind}")
+
+
+def test_vision_tensors_have_a_dtype_of_their_own(tmp_path: Path):
+    path = write_checkpoint(tmp_path / "model", MODELS["exaone4_5"], finite=True)
+    names = list(vision_shapes(VISION))
+
+    def cast(tensors: dict[str, tuple[str, Any]], dtype: str, changed: list[str]) -> None:
+        tensors.update({name: (dtype, tensors[name][1]) for name in changed})
+
+    rewrite(path, lambda tensors: cast(tensors, "F16", names))
+    assert load.checkpoint_config(path) == MODELS["exaone4_5"]
+    rewrite(path, lambda tensors: cast(tensors, "BF16", names[:1]))
+    refused(path, f"{names[0]}: found BF16, the other vision tensors are F16")
 
 
 def test_extra_tensor(single: Path, tmp_path: Path):
@@ -391,17 +436,23 @@ def test_small_files(copy: Path):
     (copy / ".git" / "config").write_text("x")
     (copy / "sub").mkdir()
     (copy / "sub" / "other.safetensors").write_bytes(b"x")
+    (copy / "sub" / ".cache" / "huggingface").mkdir(parents=True)
+    (copy / ".hidden").symlink_to(copy / "sub")
+    (copy / ".gitattributes").write_text("x")
     (copy / "loop").symlink_to(copy)
     kept, skipped = small_files(copy, frozenset({*SHARDS, INDEX_FILE}))
     assert [file.path for file in kept] == [
-        "LICENSE", "assets/logo.png", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json",
-        "tokenizer_config.json",
+        ".gitattributes", "LICENSE", "assets/logo.png", "chat_template.jinja", "config.json", "generation_config.json",
+        "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
-    assert {file.path for file in skipped} == {
-        "modeling_exaone.py",
-        "training_args.bin",
-        "sub/other.safetensors",
-        "loop",
+    assert {file.path: file.reason for file in skipped} == {
+        ".git": "a hidden folder",
+        ".hidden": "a link to a directory",
+        "loop": "a link to a directory",
+        "modeling_exaone.py": "code is copied only if asked for",
+        "sub/.cache": "a hidden folder",
+        "sub/other.safetensors": "weights outside the checkpoint",
+        "training_args.bin": "weights in another format; pickles may run code",
     }
 
 

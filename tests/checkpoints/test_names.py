@@ -112,6 +112,7 @@ def test_layer_numbers_follow_the_plan():
 
 def test_totals_of_a_tiny_model_by_hand():
     small = SMALL | {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 6, "num_heads": 2, "num_kv_heads": 1}
+    small |= {"eos_token_ids": (2,)}
     config = ModelConfig(model_type="exaone", layers=(LayerSpec(qk_norm=False),), **(small | {"head_dim": 2}))
     attention, mlp, norms = 4 * 4 + 2 * 2 * 4 + 4 * 4, 3 * 4 * 6, 3 * 4
     size = 2 * 8 * 4 + attention + mlp + norms

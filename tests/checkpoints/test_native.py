@@ -15,7 +15,7 @@ from exaone_jax.checkpoints.bits import as_bits
 from exaone_jax.checkpoints.names import parameters, path_name
 from exaone_jax.checkpoints.native import CHUNK_BYTES, MANIFEST, NativeDirectory, rows_per_chunk
 from exaone_jax.errors import CheckpointError
-from tests.checkpoints.synthetic import exaone_moe, write_checkpoint
+from tests.checkpoints.synthetic import exaone, exaone_moe, write_checkpoint
 
 
 def nested(flat: dict) -> dict:
@@ -150,6 +150,7 @@ def test_a_damaged_chunk_is_found(native: Path, tmp_path: Path, change: str):
         (MANIFEST, "[" * 100_000, "exaone_jax.json: not valid JSON"),
         (MANIFEST, "{}", "not the manifest"),
         (MANIFEST, '{"format": "exaone_jax native checkpoint", "version": 2}', "version 2"),
+        (MANIFEST, '{"format": "exaone_jax native checkpoint", "version": true}', "version True, this release reads 1"),
         (MANIFEST, '{"format": "exaone_jax native checkpoint", "version": 1}', "damaged"),
         ("params/norm.scale/zarr.json", "{", "cannot be opened"),
         ("source/00000.header", "gone", "damaged"),
@@ -180,6 +181,52 @@ def test_source_files_stay_in_the_output(native: Path, tmp_path: Path, name: str
     with pytest.raises(CheckpointError, match=r"exaone_jax.json: .* is not the name of a .safetensors file"):
         convert.to_hf(path, tmp_path / "a" / "b" / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["damaged"]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native checkpoint that came in three shards."""
+    root = tmp_path_factory.mktemp("sharded")
+    convert.from_hf(write_checkpoint(root / "hf", exaone(), shard_bytes=30_000), root / "native")
+    return root / "native"
+
+
+def drop(weight_map: dict, name: str) -> dict:
+    return {key: file for key, file in weight_map.items() if key != name}
+
+
+NORM = "transformer.ln_f.weight"
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (lambda _: "junk", "not valid JSON"),
+        (lambda _: {"weight_map": {"a": "../../x.safetensors"}}, "expected the name of a .safetensors file"),
+        (lambda _: {"weight_map": {"a": "x.safetensors"}}, "'a' is said to be in x.safetensors; no file has it"),
+        (lambda index: index | {"weight_map": drop(index["weight_map"], NORM)}, f"does not list:\n  '{NORM}'"),
+        (lambda index: index | {"metadata": {"total_size": 1}}, "total_size is 1, the files hold"),
+    ],
+    ids=["junk", "outside", "other", "short", "size"],
+)
+def test_recorded_index_must_fit_the_recorded_files(sharded: Path, tmp_path: Path, index, message: str):
+    path = damaged(sharded, tmp_path)
+    file = path / "source" / "index.json"
+    changed = index(json.loads(file.read_text()))
+    file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    for dry_run in (True, False):
+        with pytest.raises(CheckpointError, match=rf"(?s)source/index.json: .*{message}|index.json\n.*{message}"):
+            convert.to_hf(path, tmp_path / "out", dry_run=dry_run)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["damaged"]
+    convert.to_hf(path, tmp_path / "out", max_shard_bytes=10**9)  # writes a layout of its own
+
+
+def test_recorded_shards_need_an_index(sharded: Path, tmp_path: Path):
+    path = damaged(sharded, tmp_path)
+    edit_manifest(path, ("source", "index"), False)
+    with pytest.raises(CheckpointError, match=r"exaone_jax.json: records model-00001-of-.* without an index"):
+        convert.to_hf(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 DTYPE = ("dtypes", "norm.scale")

@@ -91,6 +91,9 @@ SAME = [
         {"rope_scaling": DELETE, "rope_theta": DELETE, "rope_parameters": {**LLAMA3, "rope_theta": 1e6}},
     ),
     ("EXAONE-4.0-32B", {"rope_scaling": {**LLAMA3, "rope_theta": 1000000}}),
+    ("EXAONE-4.0-32B", {"rope_parameters": {**LLAMA3, "rope_theta": 1e6}}),
+    ("EXAONE-4.0-32B", {"rope_theta": DELETE, "rope_parameters": {**LLAMA3, "rope_theta": 1e6}}),
+    ("K-EXAONE-236B-A23B", {"rope_scaling": {"type": "default"}, "rope_theta": 1000000}),
     ("EXAONE-4.0-32B", {"rope_scaling.type": "llama3", "rope_scaling.rope_type": DELETE}),
     ("EXAONE-4.0-32B", {"rope_scaling.type": "llama3"}),
     ("EXAONE-4.0-32B", {"layer_types": DELETE}),
@@ -337,6 +340,9 @@ BAD = [
     ({"eos_token_id": "53"}, "eos_token_id: found"),
     ({"eos_token_id": [53, None]}, "eos_token_id: found"),
     ({"bos_token_id": -1}, "bos_token_id: found -1"),
+    ({"bos_token_id": 64}, "bos_token_id: found 64, expected an id below vocab_size 64"),
+    ({"eos_token_id": [2, 361]}, "eos_token_id: found 361, expected an id below vocab_size 64"),
+    ({"pad_token_id": 10**9}, "pad_token_id: found 1000000000, expected an id below vocab_size 64"),
     ({"torch_dtype": "int8"}, 'torch_dtype: found "int8", expected one of float32, bfloat16, float16'),
     ({"dtype": "float32", "torch_dtype": "bfloat16"}, "torch_dtype: found .* the same value as dtype"),
     ({"rope_parameters": DELETE}, "rope_theta: missing"),
@@ -424,6 +430,21 @@ def test_bad_values_name_key_found_and_expected(changes, message):
         ("EXAONE-4.0-32B", {"num_experts": 8}, "num_experts: found 8, expected no such key"),
         ("EXAONE-4.0-32B", {"swiglu_limits": [7.0] * 64}, "swiglu_limits"),
         ("EXAONE-4.0-32B", {"rope_scaling.factor": 0.5}, "factor"),
+        (
+            "EXAONE-4.0-32B",
+            {"rope_parameters": {**LLAMA3, "rope_theta": 1e6, "factor": 8.0}},
+            "rope_scaling: found .* expected the same as rope_parameters",
+        ),
+        (
+            "EXAONE-4.0-32B",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            "rope_scaling: found .* expected the same as rope_parameters",
+        ),
+        (
+            "EXAONE-4.0-32B",
+            {"rope_parameters": {**LLAMA3, "rope_theta": 1e4}},
+            "rope_theta: found 1000000.0, expected the same value as rope_parameters.rope_theta, 10000.0",
+        ),
         ("EXAONE-4.0-32B", {"original_max_position_embeddings": 4096}, "original_max_position_embeddings: found 4096"),
         ("EXAONE-4.5-33B", {"text_config": DELETE}, "text_config: found null, expected a JSON object"),
         ("EXAONE-4.5-33B", {"text_config.model_type": "qwen3"}, 'text_config.model_type: found "qwen3"'),
@@ -493,6 +514,13 @@ def test_missing_and_oversized_files(tmp_path):
         read_config(tmp_path)
 
 
+def test_a_directory_named_config_json(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    for place in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(ConfigError, match=r"[^n]/config.json: cannot be read: Is a directory"):
+            read_config(place)
+
+
 def test_a_directory_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny()))
     assert read_config(tmp_path) == read_config(tmp_path / "config.json") == from_hf(tiny())[0]
@@ -540,7 +568,6 @@ MOE = st.builds(
 )
 SMALL = st.integers(1, 64)
 VISION = st.builds(VisionConfig, **dict.fromkeys(VisionConfig.model_fields, SMALL))
-TOKEN = st.none() | st.integers(0, 1000)
 # What from_hf could not tell from a key of the model is free: any JSON under names that no config uses.
 EXTRA = st.dictionaries(
     st.text(min_size=1).map("x_{}".format), st.none() | st.booleans() | st.integers() | st.lists(st.text()), max_size=3
@@ -572,12 +599,14 @@ def layer_specs(draw, model_type):
 def model_configs(draw, model_type):
     layers = draw(layer_specs(model_type))
     kv_heads = draw(st.integers(1, 4))
+    vocab_size = draw(SMALL)
+    token = st.integers(0, vocab_size - 1)
     mtp = None
     if model_type != "exaone" and draw(st.booleans()):
         mtp = LayerSpec(window=draw(st.none() | SMALL), rope=True, norm=layers[0].norm)
     return ModelConfig(
         model_type=model_type,
-        vocab_size=draw(SMALL),
+        vocab_size=vocab_size,
         hidden_size=draw(SMALL),
         intermediate_size=draw(SMALL),
         num_heads=kv_heads * draw(st.integers(1, 4)),
@@ -593,9 +622,9 @@ def model_configs(draw, model_type):
         max_position_embeddings=draw(st.integers(1, 2**20)),
         tie_word_embeddings=draw(st.booleans()),
         initializer_range=draw(st.floats(0, 1)),
-        bos_token_id=draw(TOKEN),
-        eos_token_ids=tuple(draw(st.lists(st.integers(0, 1000), max_size=3))),
-        pad_token_id=draw(TOKEN),
+        bos_token_id=draw(st.none() | token),
+        eos_token_ids=tuple(draw(st.lists(token, max_size=3))),
+        pad_token_id=draw(st.none() | token),
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
         vision=draw(st.none() | VISION) if model_type == "exaone4_5" else None,
     )

@@ -12,14 +12,16 @@ def test_parse_and_sizes():
     assert shape.sizes(8) == (1, 4, 1, 2, 1)
     assert str(shape) == "fsdp=4,tensor=2"
     assert MeshShape.parse(str(shape)) == shape
-    assert MeshShape.parse("").sizes(1) == (1, 1, 1, 1, 1)
+    assert MeshShape().sizes(1) == (1, 1, 1, 1, 1)
 
 
 def test_one_axis_takes_the_rest():
     assert MeshShape(data=-1, expert=2).sizes(8) == (4, 1, 2, 1, 1)
 
 
-@pytest.mark.parametrize("text", ["model=2", "fsdp", "fsdp=two", "fsdp=2,fsdp=2", "fsdp=", "=2"])
+@pytest.mark.parametrize(
+    "text", ["model=2", "fsdp", "fsdp=two", "fsdp=2,fsdp=2", "fsdp=", "=2", "", ",", "fsdp=2,", "fsdp=--2", "fsdp=²"]
+)
 def test_text_that_is_no_mesh(text: str):
     with pytest.raises(ConfigError, match="expected AXIS=SIZE"):
         MeshShape.parse(text)

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from exaone_jax import cli
+from exaone_jax.checkpoints import convert
+from exaone_jax.checkpoints.directory import INDEX_FILE
 from exaone_jax.checkpoints.names import tensor_map
 from exaone_jax.checkpoints.safetensors import write_file
 from exaone_jax.config import LayerSpec, from_hf, published
@@ -45,16 +48,18 @@ def shown(inspection):
     return console.file.getvalue()
 
 
-def write_checkpoint(directory, skip=(), change=lambda name, array: array):
-    """config.json and two safetensors files of zeros."""
+def write_checkpoint(directory, skip=(), change=lambda name, array: array, extra=None):
+    """config.json, two safetensors files of zeros and their index."""
     (directory / "config.json").write_text(json.dumps(TINY))
-    tensors = {}
+    tensors = dict(extra or {})
     for tensor in tensor_map(from_hf(TINY)[0]):
         if tensor.name not in skip:
             tensors[tensor.name] = ("F32", change(tensor.name, np.zeros(tensor.shape, np.float32)))
-    names = list(tensors)
+    names, weight_map = list(tensors), {}
     for number, part in enumerate((names[:7], names[7:])):
         write_file(directory / f"model-{number}.safetensors", {name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, f"model-{number}.safetensors")
+    (directory / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_k_exaone():
@@ -143,6 +148,7 @@ def test_headers_that_fit(tmp_path):
     assert found.bytes == inspection.bytes
     assert found.dtypes == {"F32": inspection.tensors}
     assert found.missing == found.unexpected == found.mismatched == ()
+    assert inspection.ok
     json.dumps(inspection.to_dict())
     assert "2 files" in shown(inspection)
 
@@ -151,32 +157,83 @@ def test_headers_that_differ_are_told(tmp_path):
     def change(name, array):
         return array[:, :-1] if name == "model.embed_tokens.weight" else array
 
-    write_checkpoint(tmp_path, skip=["mtp.norm.weight"], change=change)
-    write_file(tmp_path / "more.safetensors", {"stray": ("F32", np.zeros(3, np.float32))})
+    stray = {"stray": ("F32", np.zeros(3, np.float32)), "lm_head.weight": ("F16", np.zeros((32, 8), np.float16))}
+    write_checkpoint(tmp_path, skip=["mtp.norm.weight", "lm_head.weight"], change=change, extra=stray)
     inspection = inspect_model(tmp_path)
     found = inspection.checkpoint
     assert found is not None
     assert found.missing == ("mtp.norm.weight",)
     assert found.unexpected == ("stray",)
-    assert found.mismatched == ("model.embed_tokens.weight",)
+    assert found.mismatched == ("model.embed_tokens.weight", "lm_head.weight")
+    assert not inspection.ok
+    assert cli.main(["inspect", str(tmp_path)]) == cli.main(["inspect", str(tmp_path), "--json"]) == 1
     text = shown(inspection)
     assert all(word in text for word in ("missing", "mtp.norm.weight", "stray", "model.embed_tokens.weight"))
 
 
 def test_bad_weights_are_refused(tmp_path):
     write_checkpoint(tmp_path)
-    (tmp_path / "model-2.safetensors").write_bytes((tmp_path / "model-1.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match=r"is both in .*model-1.safetensors and in .*model-2.safetensors"):
+    shard = tmp_path / "model-1.safetensors"
+    (tmp_path / "model-2.safetensors").write_bytes(shard.read_bytes())
+    with pytest.raises(CheckpointError, match=r"does not name .*model-2.safetensors"):
         inspect_model(tmp_path)
-    (tmp_path / "model-2.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "model-2.safetensors").unlink()
+    shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(CheckpointError, match="git-lfs pointer"):
         inspect_model(tmp_path)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)shards that the index names are missing.*model-1.safetensors"):
+        inspect_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("../../x.safetensors", "same directory"), ("model-0.safetensors", "is said to be in model-0.safetensors")],
+)
+def test_index_that_points_elsewhere(tmp_path, file, message):
+    write_checkpoint(tmp_path)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    index["weight_map"]["mtp.norm.weight"] = file
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        inspect_model(tmp_path)
+
+
+def test_pickles_are_refused_as_in_loading(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(CheckpointError, match="only as pytorch_model.bin. Pickles may run code"):
+        inspect_model(tmp_path)
+
+
+@pytest.mark.parametrize("mtp", [True, False])
+def test_both_forms_are_seen_as_they_are_loaded(tmp_path, mtp):
+    (tmp_path / "hf").mkdir()
+    names = [tensor.name for tensor in tensor_map(from_hf(TINY)[0])]
+    extra = {"x.inv_freq": ("F32", np.zeros(3, np.float32))}
+    write_checkpoint(tmp_path / "hf", skip=[] if mtp else [n for n in names if n.startswith("mtp.")], extra=extra)
+    convert.from_hf(tmp_path / "hf", tmp_path / "native", allow_extra="x.inv_freq")
+    for path in (tmp_path / "hf", tmp_path / "native"):
+        found = inspect_model(path)
+        assert found.checkpoint is not None
+        assert (found.config.mtp_layer is not None, found.mtp is not None, found.mtp_absent) == (mtp, mtp, not mtp)
+        assert found.checkpoint.tensors == found.tensors + 1
+        assert (found.checkpoint.missing, found.checkpoint.unexpected) == ((), ("x.inv_freq",))
+        assert ("no weights of it" in shown(found)) == (not mtp)
+    assert found.checkpoint.native
+    assert found.ok  # it was carried on request
+    assert not inspect_model(tmp_path / "hf").ok
+    (tmp_path / "native" / "params" / "norm.scale" / "zarr.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        inspect_model(tmp_path / "native")
 
 
 def test_quantised_weights_are_inspected_and_named(tmp_path):
     raw = TINY | {"quantization_config": {"quant_method": "fp8"}}
+    write_checkpoint(tmp_path, skip=["lm_head.weight"])  # as if it were packed under another name
     (tmp_path / "config.json").write_text(json.dumps(raw))
     inspection = inspect_model(tmp_path)
+    assert inspection.ok
     assert inspection.to_dict()["quantization"] == {"quant_method": "fp8"}
     assert "fp8" in shown(inspection)
 

@@ -172,8 +172,13 @@ def test_eos_ids_come_from_generation_config_first(tokenizer_dir, tmp_path):
     assert Tokenizer.from_directory(path).eos_ids == (7, 53)
     _write(path, "generation_config.json", {"eos_token_id": [53, 2]})
     assert Tokenizer.from_directory(path).eos_ids == (53, 2)
-    _write(path, "generation_config.json", {"eos_token_id": "two"})
-    with pytest.raises(CheckpointError, match="eos_token_id"):
+    for wrong in ("two", True, -1, 2.0, 2**31, [53, 99999999999]):
+        _write(path, "generation_config.json", {"eos_token_id": wrong})
+        with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id: found .* below 2\*\*31"):
+            Tokenizer.from_directory(path)
+    _write(path, "generation_config.json", {})
+    _write(path, "config.json", {"eos_token_id": 2**31})
+    with pytest.raises(CheckpointError, match=r"/config.json: eos_token_id: found 2147483648"):
         Tokenizer.from_directory(path)
 
 
