@@ -56,7 +56,9 @@ def make_items(
     rows = jnp.diff(starts)
     ends = jnp.cumsum(-(-rows // most))  # one past each sequence's last item
     index = jnp.arange(min(num_rows, rows.shape[0] + num_rows // most), dtype=jnp.int32)
-    sequence = jnp.minimum(jnp.searchsorted(ends, index, side="right"), rows.shape[0] - 1).astype(jnp.int32)
+    sequence = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="compare_all"), rows.shape[0] - 1).astype(
+        jnp.int32
+    )
     part = index - (ends - -(-rows // most))[sequence]
     first = starts[sequence] + part * most
     length = jnp.maximum(lengths, 0)[sequence]

@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.paged_attention import paged_attention, tpu
 
 # float32: two orders of summing at most ~600 products of O(1) numbers; measured at most 2e-6.
 FP32_ERROR = 2e-5
@@ -20,6 +23,29 @@ class Case:
 
     def call(self, **kwargs):
         return {"q": self.q, **self.arrays, **kwargs}
+
+
+def _call(q, arrays, implementation, window, scale):
+    interpret = implementation == "tpu"
+    return paged_attention(q, **arrays, window=window, scale=scale, implementation=implementation, interpret=interpret)
+
+
+_static = ("implementation", "window", "scale")
+_plain = jax.jit(_call, static_argnames=_static)
+# Interpreted kernels are long programs that run once: XLA's optimiser would cost more than it saves.
+_interpreted = jax.jit(_call, static_argnames=_static, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def run(case, implementation, window=None, scale=None):
+    """The result in float32 numpy; the TPU kernel in its interpreter."""
+    jitted = _interpreted if implementation == "tpu" else _plain
+    return np.asarray(jitted(case.q, case.arrays, implementation, window, scale), np.float32)
+
+
+def forget_compiles():
+    """For tests that change what a compile reads."""
+    for cached in (_interpreted, tpu.paged_attention):
+        cached.clear_cache()
 
 
 def quantized(x, dtype):
@@ -56,6 +82,7 @@ def make_case(
             used[page] = True
         keys.append(kv[0])
         values.append(kv[1])
+    q = jnp.asarray(rng.normal(size=(num_rows, num_heads, dim)), dtype)
     if poison:
         table = np.where(used[table], table, rng.choice([-7, num_pages + 5, 2**30], table.shape))
     arrays = {"page_table": jnp.asarray(table, jnp.int32)}
@@ -71,7 +98,6 @@ def make_case(
                 scales = np.where(unseen[..., 0], np.nan, scales)
                 stored = stored if kv_dtype == jnp.int8 else np.where(unseen, np.nan, stored).astype(kv_dtype)
             arrays |= {f"{name}_pages": jnp.asarray(stored), f"{name}_scales": jnp.asarray(scales)}
-    q = jnp.asarray(rng.normal(size=(num_rows, num_heads, dim)), dtype)
     return Case(q, arrays, keys, values)
 
 
