@@ -170,23 +170,36 @@ def _scale_row(plan: Plan, held: Any, slot: Array, at: Array, head: Array | int)
 
 
 def _fold(
-    plan: Plan, refs: _Refs, item: Array, slot: Array, first_key: Array, at: Array, head: Any, rows: Array
+    plan: Plan,
+    refs: _Refs,
+    item: Array,
+    slot: Array,
+    first_key: Array,
+    at: Array,
+    head: Any,
+    rows: Array,
+    long: bool,
+    masked: bool,
 ) -> None:
-    """Folds one tile of keys into the softmax of one kv head. rows [R, D]; `first_key` is that of the block."""
-    height, kept = rows.shape[0], pl.ds(0, rows.shape[0])
-    low, high, position = refs.items.low[item], refs.items.high[item], refs.items.position[item]
-    row = iota((height, 1), 0)
-    long = height == plan.many * plan.group and plan.many > plan.few
-    query = position + (row % plan.many if long else row // plan.padded)
+    """Folds one tile of keys into the softmax of one kv head.
+
+    rows [R, D], of a `long` item head by head, of a short one query by query; `first_key` is the block's, `at` the
+    tile's place in it; `masked` unless every row sees all its keys.
+    """
+    kept = pl.ds(0, rows.shape[0])
+    low, high = refs.items.low[item], refs.items.high[item]
     key = first_key + at + iota((1, plan.tile), 1)
     k, v = (held[slot, head, pl.ds(at, plan.tile)].astype(rows.dtype) for held in refs.held)
     scores = dot(rows, k, (1, 1)) * (plan.scale * LOG2E)
     if refs.scales:
         scores = scores * _scale_row(plan, refs.held_scales[0], slot, at, head)
-    live = (key <= query) & (key >= low)
-    if plan.window is not None:
-        live &= key > query - plan.window
-    scores = jnp.where(live, scores, HIDDEN)
+    if masked:
+        row = iota((rows.shape[0], 1), 0)
+        query = refs.items.position[item] + (row % plan.many if long else row // plan.padded)
+        live = (key <= query) & (key >= low)
+        if plan.window is not None:
+            live &= key > query - plan.window
+        scores = jnp.where(live, scores, HIDDEN)
     old = refs.peaks[head, kept]
     new = jnp.maximum(old, scores.max(1, keepdims=True))
     weights = jnp.exp2(scores - _lanes(new, plan.tile))
@@ -196,7 +209,7 @@ def _fold(
     refs.totals[head, kept] = refs.totals[head, kept] * decay + functools.reduce(jnp.add, parts)
     if refs.scales:
         scale = _scale_row(plan, refs.held_scales[1], slot, at, head)
-        weights = weights * jnp.where((low <= key) & (key < high), scale, 0.0)
+        weights = weights * (jnp.where((low <= key) & (key < high), scale, 0.0) if masked else scale)
     update = dot(weights.astype(rows.dtype), v, (1, 0))
     refs.sums[head, kept] = refs.sums[head, kept] * _lanes(decay, rows.shape[1]) + update
 
@@ -230,20 +243,33 @@ def _each_head(plan: Plan, refs: _Refs, body: Callable[[Any], None]) -> None:
 
 def _start(plan: Plan, refs: _Refs, item: Array, query_slot: Array) -> None:
     """Empty sums, and a long item's rows as they are multiplied."""
-    refs.peaks[...] = jnp.full_like(refs.peaks, FLOOR)
-    refs.totals[...] = jnp.zeros_like(refs.totals)
-    refs.sums[...] = jnp.zeros_like(refs.sums)
-    if plan.many == plan.few:
-        return
 
-    @pl.when(refs.items.rows[item] > plan.few)
-    def _() -> None:
+    def empty(head: Any, height: int) -> None:
+        for ref, value in ((refs.peaks, FLOOR), (refs.totals, 0.0), (refs.sums, 0.0)):
+            ref[head, pl.ds(0, height)] = jnp.full((height, ref.shape[2]), value)
+
+    def short() -> None:
+        _each_head(plan, refs, lambda head: empty(head, plan.few * plan.padded))
+
+    def long() -> None:
         def head(h: Array) -> None:
+            empty(h, plan.many * plan.group)
             for g in range(plan.group):
                 rows = refs.q_rows[query_slot, :, h, g]
                 refs.long_rows[h, pl.ds(g * plan.many, plan.many)] = rows.astype(refs.long_rows.dtype)
 
         _loop(0, refs.peaks.shape[0], head)
+
+    _by_length(plan, refs, item, short, long)
+
+
+def _by_length(plan: Plan, refs: _Refs, item: Array, short: Callable[[], None], long: Callable[[], None]) -> None:
+    if plan.many == plan.few:
+        return short()
+    is_short = refs.items.rows[item] <= plan.few
+    pl.when(is_short)(short)
+    pl.when(jnp.logical_not(is_short))(long)
+    return None
 
 
 def _over_tiles(plan: Plan, refs: _Refs, item: Array, block: Array, slot: Array, query_slot: Array) -> None:
@@ -254,20 +280,29 @@ def _over_tiles(plan: Plan, refs: _Refs, item: Array, block: Array, slot: Array,
     _clear_values(plan, refs, item, first_key, tiles * plan.tile, slot)
     fold = functools.partial(_fold, plan, refs, item, slot, first_key)
 
-    def short(u: Array) -> None:
-        at = pl.multiple_of(u * plan.tile, plan.tile)
-        _each_head(plan, refs, lambda head: fold(at, head, _short_rows(plan, refs, query_slot, head)))
+    def short() -> None:
+        def tile(u: Array) -> None:
+            at = pl.multiple_of(u * plan.tile, plan.tile)
+            _each_head(plan, refs, lambda head: fold(at, head, _short_rows(plan, refs, query_slot, head), False, True))
 
-    def long(i: Array) -> None:
-        head, u = i // tiles, i % tiles
-        fold(pl.multiple_of(u * plan.tile, plan.tile), head, refs.long_rows[head])
+        _loop(0, tiles, tile)
 
-    if plan.many == plan.few:
-        return _loop(0, tiles, short)
-    is_short = refs.items.rows[item] <= plan.few
-    pl.when(is_short)(lambda: _loop(0, tiles, short))
-    pl.when(jnp.logical_not(is_short))(lambda: _loop(0, tiles * refs.peaks.shape[0], long))
-    return None
+    def long() -> None:
+        # Every row sees every key of the tiles between the window's edge and the diagonal.
+        position, low = refs.items.position[item], refs.items.low[item]
+        if plan.window is not None:
+            low = jnp.maximum(low, position + refs.items.rows[item] - plan.window)
+
+        def tile(i: Array) -> None:
+            head, at = i // tiles, pl.multiple_of(i % tiles * plan.tile, plan.tile)
+            rows, key = refs.long_rows[head], first_key + at
+            clear = (low <= key) & (key + plan.tile <= position + 1)
+            pl.when(clear)(lambda: fold(at, head, rows, True, False))
+            pl.when(jnp.logical_not(clear))(lambda: fold(at, head, rows, True, True))
+
+        _loop(0, tiles * refs.peaks.shape[0], tile)
+
+    _by_length(plan, refs, item, short, long)
 
 
 def _finish(plan: Plan, refs: _Refs, item: Array) -> None:
@@ -288,23 +323,19 @@ def _finish(plan: Plan, refs: _Refs, item: Array) -> None:
 
         _loop(0, refs.peaks.shape[0], head)
 
-    if plan.many == plan.few:
-        return short()
-    is_short = refs.items.rows[item] <= plan.few
-    pl.when(is_short)(short)
-    pl.when(jnp.logical_not(is_short))(long)
-    return None
+    _by_length(plan, refs, item, short, long)
 
 
 def _kernel(plan: Plan, quantized: bool, *args: Any) -> None:
-    count, table, *args = args
-    items, args = Items(*args[: len(Items._fields)]), args[len(Items._fields) :]
-    q, *args = args
-    pairs = [(args[0], args[1]), (args[2], args[3]) if quantized else ()]
-    out, q_rows, out_rows, long_rows, *args = args[4 if quantized else 2 :]
-    held, args = (args[0], args[1]), args[2:]
-    held_scales, args = ((args[0], args[1]), args[2:]) if quantized else ((), args)
-    refs = _Refs(count, table, items, q, *pairs, out, q_rows, out_rows, long_rows, held, held_scales, *args)
+    rest = list(args)
+
+    def take(count: int) -> list[Any]:
+        taken, rest[:count] = rest[:count], []
+        return taken
+
+    pair = 2 if quantized else 0
+    fields = [*take(2), Items(*take(len(Items._fields))), *take(1), take(2), take(pair), *take(4), take(2), take(pair)]
+    refs = _Refs._make([*fields, *rest])
     count = refs.count[0]
 
     def item(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -46,8 +46,8 @@ def test_window_counts_the_query_itself(implementation):
 @given(
     seed=st.integers(0, 2**16),
     sequences=st.lists(st.tuples(st.integers(0, 200), st.sampled_from([0, 1, 1, 1, 4, 37])), min_size=6, max_size=6),
-    window=st.sampled_from([None, 1, 50, 128]),
-    shape=st.sampled_from([(64, 4, 16, 13), (80, 2, 32, 5), (128, 5, 8, 25)]),
+    window=st.sampled_from([None, 50]),
+    shape=st.sampled_from([(64, 4, 16, 13), (80, 2, 32, 5)]),
 )
 def test_mixes(seed, sequences, window, shape):
     """One flat axis of 230 rows for every mix; the table of 5 pages is a ring that forgets."""
@@ -84,8 +84,7 @@ def test_quantized_pages_mean_value_times_scale(implementation, kv_dtype):
     assert np.abs(found - truth).max() < (0.05 if kv_dtype == jnp.int8 else 0.2)
 
 
-@pytest.mark.parametrize("window", [None, 128])
-@pytest.mark.parametrize("kv_dtype", [None, jnp.int8])
+@pytest.mark.parametrize(("window", "kv_dtype"), [(None, None), (128, jnp.int8)])
 def test_bfloat16_is_as_near_to_the_truth_as_the_reference(window, kv_dtype):
     case = make_case(
         4, [(300, 100), (200, 1)], (4, 2), 128, 32, table_width=10, dtype=jnp.bfloat16, kv_dtype=kv_dtype, window=window
