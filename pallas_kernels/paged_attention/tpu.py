@@ -16,6 +16,7 @@ HEAD_DIMS = (64, 80, 128)
 _MAX_GROUP = 16  # a tile of scores holds the rows of every head of the group
 _MAX_TABLE = 2**17  # entries: the table stands in scalar memory, of which there is 1 MiB
 _MAX_PAGE = 1024
+_ROWS_BYTES = 2**24  # of on-chip memory for the rows of two items' queries and one's results
 
 
 def unsupported(q: Array | None = None, pages: Pages | None = None, *, interpret: bool = False) -> str | None:
@@ -50,14 +51,15 @@ def unsupported(q: Array | None = None, pages: Pages | None = None, *, interpret
 def make_plan(
     num_rows: int, group: int, pages: Pages, window: int | None, scale: float, sizes: Tiles, interpret: bool
 ) -> tpu_kernel.Plan:
-    few = few_rows(num_rows, pages.table.shape[0])
-    many = max(few, min(sizes.rows, ceil_to(num_rows, 16))) if num_rows > few else few
     kv_heads, page_size, head_dim = pages.k.shape[1:]
+    width = pages.table.shape[1]
+    few = few_rows(num_rows, pages.table.shape[0])
+    most = _ROWS_BYTES // (3 * 4 * kv_heads * ceil_to(group, 8) * ceil_to(head_dim, TILE)) // 16 * 16
+    many = max(few, 16, min(sizes.rows, most, ceil_to(num_rows, 16))) if num_rows > few else few
     most = sizes.block_bytes // (2 * kv_heads * ceil_to(head_dim, TILE) * pages.k.dtype.itemsize)
     keys = max(TILE, page_size, min(sizes.block, most))
     keys = min(keys, ceil_to(pages_of_block(pages, window, few, keys) * page_size, max(TILE, page_size)))
     tile = max(page_size, min(sizes.keys, keys))
-    width = pages.table.shape[1]
     return tpu_kernel.Plan(window, scale, group, page_size, width, few, many, tile, ceil_to(keys, tile), interpret)
 
 

@@ -9,6 +9,7 @@ items (a decode row, verified drafts) take all heads side by side, so that their
 rows of a group's heads under each other, head by head, and take one kv head at a time.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -109,10 +110,12 @@ def _loop(low: Array | int, high: Array | int, body: Callable[[Array], None]) ->
 def _copy_pages(plan: Plan, refs: _Refs, item: Array, block: Array, slot: Array, act: str) -> None:
     """Starts the copies of a block into `slot`, or waits for them."""
     first, count = _pages_of(plan, refs, item, block)
-    row = refs.items.sequence[item] * plan.table_width
+    row, place = refs.items.sequence[item] * plan.table_width, first % plan.table_width
 
     def page(i: Array) -> None:
-        number = refs.table[row + (first + i) % plan.table_width]
+        # A block has at most one page more than the table, so it wraps once.
+        at = place + i
+        number = refs.table[row + jnp.where(at < plan.table_width, at, at - plan.table_width)]
         at = pl.ds(pl.multiple_of(i * plan.page_size, plan.page_size), plan.page_size)
         pairs = [(x.at[number], held.at[slot, :, at]) for x, held in zip(refs.kv, refs.held, strict=True)]
         pairs += [(x.at[number], held.at[slot, i]) for x, held in zip(refs.scales, refs.held_scales, strict=True)]
@@ -277,7 +280,8 @@ def _over_tiles(plan: Plan, refs: _Refs, item: Array, block: Array, slot: Array,
     first, count = _pages_of(plan, refs, item, block)
     first_key = first * plan.page_size
     tiles = (count * plan.page_size + plan.tile - 1) // plan.tile
-    _clear_values(plan, refs, item, first_key, tiles * plan.tile, slot)
+    if refs.held[1].dtype != jnp.int8:  # which has no NaN; its scales do not outlive a masked weight
+        _clear_values(plan, refs, item, first_key, tiles * plan.tile, slot)
     fold = functools.partial(_fold, plan, refs, item, slot, first_key)
 
     def short() -> None:
@@ -406,7 +410,8 @@ def paged_attention(plan: Plan, items: Items, count: Array, q: Array, pages: Pag
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA,
         ],
-        compiler_params=compiler_params(IN_ORDER),
+        # Every number of a page is inside the pool, every row inside the axis: checks would double the cost of a copy.
+        compiler_params=dataclasses.replace(compiler_params(IN_ORDER), disable_bounds_checks=True),
         interpret=plan.interpret,
         name="paged_attention",
     )(*scalars, q, pages.k, pages.v, *scales)
