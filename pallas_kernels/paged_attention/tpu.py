@@ -57,9 +57,10 @@ def make_plan(
     most = _ROWS_BYTES // (3 * 4 * kv_heads * ceil_to(group, 8) * ceil_to(head_dim, TILE)) // 16 * 16
     many = max(few, 16, min(sizes.rows, most, ceil_to(num_rows, 16))) if num_rows > few else few
     most = sizes.block_bytes // (2 * kv_heads * ceil_to(head_dim, TILE) * pages.k.dtype.itemsize)
-    keys = max(TILE, page_size, min(sizes.block, most))
-    keys = min(keys, ceil_to(pages_of_block(pages, window, few, keys) * page_size, max(TILE, page_size)))
-    tile = max(page_size, min(sizes.keys, keys))
+    unit = max(TILE, page_size)  # whole pages and whole registers
+    keys = pages_of_block(pages, window, few, min(sizes.block, most)) * page_size
+    keys = max(unit, min(ceil_to(keys, unit), most // unit * unit))
+    tile = max(unit, min(sizes.keys, keys) // unit * unit)
     return tpu_kernel.Plan(window, scale, group, page_size, width, few, many, tile, ceil_to(keys, tile), interpret)
 
 

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention import choose_implementation, paged_attention, tpu, tpu_kernel, tuned
+from pallas_kernels.paged_attention.pages import Pages
 from tests.pallas_kernels.paged_attention.cases import FP32_ERROR, forget_compiles, make_case, run
 
 # Nothing yet, decode, a chunk inside a context, a whole prompt, more rows than positions, drafts to verify, a long context.
@@ -156,6 +157,18 @@ def test_tiles_of_every_chip_fit_together():
     for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "something new"):
         found = tuned.tiles(kind)
         assert found.rows % 16 == 0 and found.keys % 128 == 0 and found.block % found.keys == 0
+
+
+@pytest.mark.parametrize("page_size", [8, 64, 128, 384, 1024])
+@pytest.mark.parametrize("kv_heads", [1, 7, 8, 27])
+def test_blocks_are_whole_tiles_and_pages(kv_heads, page_size):
+    pages = Pages(
+        *(jax.ShapeDtypeStruct((9, kv_heads, page_size, 80), jnp.float32),) * 2, None, None, jnp.zeros((4, 5))
+    )
+    for rows, window, kind in ((4, None, "TPU v6 lite"), (13, 128, "TPU v5"), (900, 4096, "TPU7x")):
+        plan = tpu.make_plan(rows, 2, pages, window, 1.0, tuned.tiles(kind), False)
+        assert plan.keys % plan.tile == plan.tile % page_size == plan.tile % 128 == 0
+        assert plan.many == plan.few or (plan.many > plan.few and plan.many % 16 == 0)
 
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
