@@ -1,0 +1,144 @@
+"""Counts the cycles of the TPU paged-attention kernel when it decodes, from the schedule that the TPU compiler writes: no TPU.
+
+    python benchmarks/tpu_paged_schedule.py [--chip v6e] [--heads 64 8] [--batch 64] [--context 8192]
+
+Needs libtpu. The method is `tpu_schedule.py`'s: bundles of every region of the compiler's dump x how often it runs. Which region
+runs how often follows from its depth in the kernel's loops: items (1), blocks (2), pages and tiles (3). Regions of the path
+for long items do not run. Beside the cycles stand the bytes that are moved, and the cycles that those take at
+the memory's published bandwidth and an assumed clock: a decode step should take no longer than its bytes.
+
+Left out: waits for copies and for products, and the XLA operations around the kernel.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.tpu_schedule import EDGE, TOPOLOGIES, Region, read_regions
+
+KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
+BYTES_PER_CYCLE = {"v6e": 1640 / 1.75}  # HBM GB/s over GHz; the clock is an assumption
+# (type of the pages, window, slots in a page); a window layer's ring holds 256 slots.
+CASES = [
+    ("bfloat16", None, 128),
+    ("int8", None, 128),
+    ("float8_e4m3fn", None, 128),
+    ("bfloat16", 128, 64),
+    ("int8", 128, 128),
+]
+LONG = 100  # a loop of at least this many bundles without products belongs to the path for long items
+CLEAR = 100  # and at depth 3 one of this many clears 128 values
+
+
+def compile_here(args: argparse.Namespace, kv_dtype: str, window: int | None, page_size: int) -> Any:
+    """Compiles one decode call; returns its static plan."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+
+    from pallas_kernels.paged_attention import paged_attention, tpu
+    from pallas_kernels.paged_attention.pages import Pages
+    from pallas_kernels.paged_attention.tuned import tiles
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[args.chip]).devices
+    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    heads, kv_heads = args.heads
+    width = (args.context if window is None else 256) // page_size
+
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    kv = array((args.batch * width, kv_heads, page_size, 128), jnp.dtype(kv_dtype))
+    scales = array(kv.shape[:3], jnp.float32) if kv.dtype.itemsize == 1 else None
+    pages = Pages(kv, kv, scales, scales, array((args.batch, width), jnp.int32))
+    q = array((args.batch, heads, 128), jnp.bfloat16)
+
+    def step(q: Any, pages: Pages, starts: Any, lengths: Any) -> Any:
+        kwargs = {"k_scales": pages.k_scales, "v_scales": pages.v_scales, "window": window, "implementation": "tpu"}
+        return paged_attention(q, pages.k, pages.v, pages.table, starts, lengths, **kwargs)
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(step).trace(q, pages, array((args.batch + 1,), jnp.int32), array((args.batch,), jnp.int32))
+        traced.lower(lowering_platforms=("tpu",)).compile()
+    return tpu.make_plan(args.batch, heads // kv_heads, pages, window, 1.0, tiles(KINDS[args.chip]), False)
+
+
+def count(regions: list[Region], args: argparse.Namespace, plan: Any, window: int | None, itemsize: int) -> dict:
+    """Cycles and bytes of one decode step; the sequences end at odd places, so both edges of their pages are cleared."""
+    length = args.context - 29
+    low = 0 if window is None else length - window
+    pages = -(-length // plan.page_size) - low // plan.page_size
+    blocks = -(-pages * plan.page_size // plan.keys)
+    tiles = -(-pages * plan.page_size // plan.tile)
+    place = (low - low // plan.page_size * plan.page_size, length - low // plan.page_size * plan.page_size)
+    clears = -(-place[0] // 128) + tiles * plan.tile // 128 - place[1] // 128
+    products = [r for r in regions if r.mxu > EDGE]
+    if len(products) != 3:
+        raise ValueError(f"expected 3 regions with products, found {[(r.bundles, r.mxu) for r in products]}")
+    first, last = (next(i for i, r in enumerate(regions) if r is p) for p in (products[0], products[2]))
+    runs = regions[:first] + regions[last + 1 :]  # what lies between is for long items
+    rest = [r for r in runs if r.mxu <= EDGE and not (r.depth == 2 and r.bundles >= LONG)]
+    item = sum(r.bundles for r in rest if r.depth == 1)
+    block = sum(r.bundles for r in rest if r.depth == 2)
+    page = sum(r.bundles for r in rest if r.depth >= 3 and r.bundles < CLEAR)
+    clear = max((r.bundles for r in rest if r.depth >= 3 and r.bundles >= CLEAR), default=0)
+    each = item + blocks * block + pages * page + clears * clear + tiles * products[0].bundles
+    kv_heads, row = args.heads[1], 128 * itemsize + (4 if itemsize == 1 else 0)
+    moved = 2 * pages * plan.page_size * kv_heads * row + 2 * kv_heads * plan.padded * 128 * 4
+    return {"cycles": args.batch * each, "tile": products[0].bundles, "bytes": args.batch * moved}
+
+
+def one(args: argparse.Namespace) -> None:
+    """The child process: compile with the dump on, count, print one line of JSON."""
+    kv_dtype, window, page_size = CASES[args.one]
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        plan = compile_here(args, kv_dtype, window, page_size)
+        bundles = next(b for b in Path(dump).glob("*-paged_attention*-final_bundles.txt") if "analysis" not in b.name)
+        usage = next(Path(dump).glob("*-paged_attention*-final_hlo-static-per-bundle-utilization.txt"))
+        itemsize = 2 if kv_dtype == "bfloat16" else 1
+        print(json.dumps(count(read_regions(bundles, usage), args, plan, window, itemsize)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", choices=TOPOLOGIES, default="v6e")
+    parser.add_argument("--heads", type=int, nargs=2, default=(64, 8), metavar=("QUERY", "KV"))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        return one(args)
+    print(
+        f"{args.chip}, {args.heads[0]}/{args.heads[1]} heads of 128, batch {args.batch}, context {args.context}; one step:"
+    )
+    print("| pages | window | bundles of a tile | static cycles | MB | cycles of the bytes | cycles / those |")
+    print("|---|---|---|---|---|---|---|")
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for i, (kv_dtype, window, page_size) in enumerate(CASES):
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", str(i)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{kv_dtype} window {window}: {done.stderr.strip()[-800:]}")
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        row = f"| {kv_dtype}, {page_size} slots | {window} | {found['tile']:,} | {found['cycles']:,} |"
+        row += f" {found['bytes'] / 1e6:,.0f} |"
+        if args.chip in BYTES_PER_CYCLE:
+            memory = found["bytes"] / BYTES_PER_CYCLE[args.chip]
+            row += f" {memory:,.0f} | {found['cycles'] / memory:.2f} |"
+        print(row, flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Attention of ragged queries to a paged or ring key-value cache: prefill chunks and decode rows in one call."""
+
+from pallas_kernels.paged_attention.api import choose_implementation, paged_attention
+
+__all__ = ["choose_implementation", "paged_attention"]
