@@ -4,6 +4,7 @@ A segment that stands once is run directly: its leading axis of one is dropped w
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import jax
@@ -46,15 +47,20 @@ def run(
     """x `[B, T, D]` through a segment without a cache; statistics, one for each place in the pattern, are `[R, …]`."""
     graphdef, params = nnx.split(blocks)
 
+    def one(block: Block, x: jax.Array) -> tuple[jax.Array, RouterStats | None]:
+        x = checkpoint_name(x, _BLOCK_INPUT)
+        return block(x, rotation, Packed(segment_ids, placement), real, placement)
+
     def body(x: jax.Array, params: nnx.State) -> tuple[jax.Array, SegmentStats]:
-        x, stats = checkpoint_name(x, _BLOCK_INPUT), []
+        stats = []
         for block in nnx.merge(graphdef, params):
-            x, block_stats = block(x, rotation, Packed(segment_ids, placement), real, placement)
+            layer = partial(one, block)
+            if remat is not None:  # each layer by itself: a pattern's worth of experts' buffers is too much at once
+                layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+            x, block_stats = layer(x)
             stats.append(block_stats)
         return x, tuple(stats)
 
-    if remat is not None:
-        body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
     if _repeats(params) == 1:
         x, stats = body(x, jax.tree.map(lambda leaf: leaf[0], params))
         return x, jax.tree.map(lambda leaf: leaf[None], stats)

@@ -132,7 +132,7 @@ class Transformer(nnx.Module):
             segment_ids: int32 `[B, T]`, packed documents that do not see each other; 0 marks padding, which router
                 statistics leave out. None is one document a row.
             remat: what the backward pass recomputes: None nothing, "dots" all but matrix products, "full" everything but
-                what enters each pattern of layers, "offload" the same with that kept in the host's memory.
+                what enters each layer, "offload" the same with that kept in the host's memory.
         """
         if positions is None:
             ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
