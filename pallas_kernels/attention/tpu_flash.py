@@ -29,6 +29,7 @@ from pallas_kernels.attention.tpu_tiles import (
     TILE,
     ceil_to,
     compiler_params,
+    cost,
     dot,
     iota,
     log_sum_exp2,
@@ -180,6 +181,16 @@ def _forward_kernel(plan: Plan, num_key_blocks: int, *refs: Any) -> None:
             lse[0, 0, :, at : at + TILE] = log_sum_exp2([peaks[c] for c in columns], column_totals)
 
 
+def _num_scores(plan: Plan, first_key: int, end: int, length: int) -> int:
+    """Scores of one kv head that the tiles run between these keys hold."""
+    tiles = 0
+    for start in range(0, length, plan.rows):
+        seen = start + 1 - (plan.window or length)  # the first key that the first query sees
+        first, last = max(seen, first_key) // plan.keys, min(start + plan.rows, end)
+        tiles += max(0, -(-last // plan.keys) - max(first, first_key // plan.keys))
+    return tiles * plan.keys * plan.height
+
+
 def forward(plan: Plan, q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None) -> tuple[Array, Array]:
     """Returns (out [B, K, G, T, D], base-2 lse float32 [B, K, G, T]).
 
@@ -215,6 +226,7 @@ def forward(plan: Plan, q: Array, k: Array, v: Array, segments: tuple[Array, Arr
         ],
         scratch_shapes=[column, column, pltpu.VMEM((plan.height, head_dim), jnp.float32)],
         compiler_params=compiler_params(PARALLEL, PARALLEL, PARALLEL, IN_ORDER),
+        cost_estimate=cost(batch * kv_heads * _num_scores(plan, 0, length, length), 2, head_dim, inputs),
         interpret=plan.interpret,
         name="flash_attention_forward",
     )(*inputs)
@@ -299,6 +311,9 @@ def _backward_chunk(plan: Plan, chunk: int, inputs: list[Array], d_q: Array | No
         scratch_shapes=[pltpu.VMEM((plan.height, head_dim), jnp.float32), kv_sum, kv_sum],
         input_output_aliases=aliases,
         compiler_params=compiler_params(PARALLEL, PARALLEL, IN_ORDER),
+        cost_estimate=cost(
+            batch * kv_heads * _num_scores(plan, first_key, first_key + plan.block, length), 5, head_dim, inputs
+        ),
         interpret=plan.interpret,
         name="flash_attention_backward",
     )(*inputs)

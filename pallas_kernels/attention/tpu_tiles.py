@@ -1,7 +1,10 @@
 """What the TPU kernels share: constants, products, masks, and how a column of row statistics becomes a row."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 TILE = 128  # lanes of a vector register, and the side of the tiles that a window folds
@@ -53,3 +56,11 @@ def columns_to_rows(columns: list[Array]) -> Array:
 def log_sum_exp2(peaks: list[Array], totals: list[Array]) -> Array:
     """[heads, 128] base-2 log-sum-exp from columns of maxima and sums; -inf where the sum is 0."""
     return columns_to_rows(peaks) + jnp.log2(columns_to_rows(totals))
+
+
+def cost(scores: int, products: int, head_dim: int, inputs: Sequence[Array]) -> pl.CostEstimate:
+    """For XLA's scheduler and for who counts FLOPs: of all scores that the kernel computes, masked ones included, each part of
+    so many products over head_dim. Bytes are of the inputs and once more for the results."""
+    flops = 2 * products * scores * head_dim
+    read = sum(x.size * x.dtype.itemsize for x in inputs)
+    return pl.CostEstimate(flops=flops, transcendentals=scores, bytes_accessed=2 * read)

@@ -26,6 +26,7 @@ from pallas_kernels.attention.tpu_tiles import (
     TILE,
     ceil_to,
     compiler_params,
+    cost,
     dot,
     heads_at_once,
     iota,
@@ -255,6 +256,7 @@ def forward(plan: Plan, q: Array, k: Array, v: Array, segments: tuple[Array, Arr
             jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32),
         ],
         compiler_params=compiler_params(PARALLEL, PARALLEL, PARALLEL),
+        cost_estimate=cost(batch * kv_heads * plan.group * length * plan.span, 2, plan.head_dim, inputs),
         interpret=plan.interpret,
         name="window_attention_forward",
     )(*inputs)
@@ -362,6 +364,7 @@ def backward(
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), kv_shape, kv_shape],
         scratch_shapes=[carry, carry],
         compiler_params=compiler_params(PARALLEL, PARALLEL, IN_ORDER),
+        cost_estimate=cost(batch * kv_heads * plan.group * length * plan.span, 5, plan.head_dim, inputs),
         interpret=plan.interpret,
         name="window_attention_backward",
     )(*inputs)
