@@ -203,6 +203,57 @@ def inspect(
         raise typer.Exit(EXIT_CHECK_FAILED)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A published model's name, a config.json or a checkpoint directory.")],
+    mode: Annotated[str, typer.Option(help="train, prefill or decode.")] = "train",
+    topology: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TPU:SHAPE", help="Compile the real step for this TPU slice, as v5p:8x8x8.", show_default=False
+        ),
+    ] = None,
+    chip: Annotated[
+        str | None, typer.Option(help="Without a topology: the chip to fit, as h100 or v5p.", show_default=False)
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Without a topology: how many.", show_default=False)] = None,
+    mesh: Annotated[
+        str | None, typer.Option(metavar="AXIS=SIZE,...", help="As fsdp=8,expert=8,tensor=4.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows over all devices; a row for each part if not given.", show_default=False)
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens a row; training 8192, serving all that the model has.", show_default=False),
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(help="Tokens a step of prefill.", show_default=False)] = None,
+    remat: Annotated[str, typer.Option(help="What training recomputes: none, dots, full or offload.")] = "full",
+    search: Annotated[
+        bool, typer.Option("--search", help="Find the cheapest mesh, batch and remat that fit; what is given stays.")
+    ] = False,
+    no_compile: Annotated[
+        bool, typer.Option("--no-compile", help="Arithmetic alone, also with a topology; needs no libtpu.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a step needs before it runs: memory, FLOPs, collectives. Exit code 1: it does not fit."""
+    from exaone_jax.planning.ask import Question, answer
+
+    question = Question(mode, topology, chip, devices, mesh, batch, context, chunk, remat, search, not no_compile)
+    found = answer(model, question)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        from rich.console import Console
+
+        Console().print(found.render())
+        for line in found.shortfall:
+            _say(line)
+    if found.shortfall:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
 Source = Annotated[Path, typer.Argument(help="The checkpoint to read.", show_default=False)]
 Destination = Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything that headers tell; write nothing.")]

@@ -1,0 +1,131 @@
+"""From the options of `exaone-jax plan` to a plan: defaults, search, and the compile that confirms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exaone_jax.config import ModelConfig, published, read_config
+from exaone_jax.errors import ConfigError
+from exaone_jax.parallel import MeshShape
+from exaone_jax.planning.plan import (
+    Plan,
+    Target,
+    default_context,
+    default_mesh,
+    make_plan,
+    remedy,
+    render,
+    rows_of,
+    target,
+)
+from exaone_jax.planning.search import candidates, search
+from exaone_jax.planning.workload import workload
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_OWNER = "LGAI-EXAONE/"  # of the published repositories
+_CONFIRM = 3  # plans of a search that are compiled before it gives up
+
+
+@dataclass(frozen=True)
+class Question:
+    """The options as given; None where not."""
+
+    mode: str = "train"
+    topology: str | None = None
+    chip: str | None = None
+    devices: int | None = None
+    mesh: str | None = None
+    batch: int | None = None
+    context: int | None = None
+    chunk: int | None = None
+    remat: str = "full"
+    search: bool = False
+    compiles: bool = True
+
+
+@dataclass(frozen=True)
+class Answer:
+    """plan: of the best there is. shortfall: why it is not enough; empty where it fits or there is no limit."""
+
+    plan: Plan
+    shortfall: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.plan.to_dict() | {"shortfall": list(self.shortfall)}
+
+    def render(self) -> RenderableType:
+        return render(self.plan)
+
+
+def answer(model: str, question: Question) -> Answer:
+    """Raises ConfigError where the question names what does not exist or does not go together."""
+    name, config = _model(model)
+    where = target(question.topology, question.chip, question.devices)
+    context = question.context or default_context(config, question.mode)
+    remat = None if question.remat == "none" else question.remat
+    if question.search:
+        return _searched(name, config, where, question, context)
+    mesh = (
+        default_mesh(config, question.mode, where.devices) if question.mesh is None else MeshShape.parse(question.mesh)
+    )
+    batch = rows_of(mesh, where.devices) if question.batch is None else question.batch
+    work = workload(config, question.mode, batch, context, question.chunk, remat)
+    plan = make_plan(name, config, where, mesh, work)
+    return _judged(_compiled(plan, config, question), config)
+
+
+def _model(name_or_path: str) -> tuple[str, ModelConfig]:
+    path = Path(name_or_path)
+    if path.exists():
+        return str(path), read_config(path)
+    name = name_or_path.removeprefix(_OWNER)
+    return name, read_config(published(name))
+
+
+def _judged(plan: Plan, config: ModelConfig) -> Answer:
+    return Answer(plan, (remedy(plan, config),) if plan.fits is False else ())
+
+
+def _searched(name: str, config: ModelConfig, where: Target, question: Question, context: int) -> Answer:
+    """The first of the cheapest plans that the compiler says fits."""
+    if where.chip is None:
+        raise ConfigError("search: needs a chip to fit, with --topology or --chip and --devices")
+    if question.mesh is not None:
+        raise ConfigError(f"search: finds the mesh, and --mesh {question.mesh} gives one; expected one of the two")
+    work = workload(config, question.mode, question.batch or 1, context, question.chunk)
+    plans = search(name, config, where, candidates(config, work, where, question.batch))
+    if not plans:
+        mesh = default_mesh(config, question.mode, where.devices)
+        batch = question.batch or rows_of(mesh, where.devices)
+        return _judged(make_plan(name, config, where, mesh, replace(work, batch=batch)), config)
+    tried = []
+    for plan in _distinct(plans):
+        tried.append(_compiled(plan, config, question))
+        if tried[-1].fits:
+            return Answer(tried[-1], ())
+    return _judged(min(tried, key=lambda plan: plan.memory.total), config)
+
+
+def _distinct(plans: list[Plan]) -> Iterator[Plan]:
+    """The cheapest, and then such as need a good deal less memory than the last: what did not fit by a little is not tried
+    again a hair smaller."""
+    limit, count = float("inf"), 0
+    for plan in plans:
+        if plan.memory.total < 0.8 * limit and count < _CONFIRM:
+            yield plan
+            limit, count = plan.memory.total, count + 1
+
+
+def _compiled(plan: Plan, config: ModelConfig, question: Question) -> Plan:
+    if plan.target.topology is None or not question.compiles:
+        return plan
+    from exaone_jax.planning.compile import compile_for_topology
+
+    return replace(
+        plan, compiled=compile_for_topology(config, plan.work, plan.mesh, plan.target.topology, plan.estimated)
+    )

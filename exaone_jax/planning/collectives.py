@@ -1,0 +1,78 @@
+"""Bytes that each device must send in a step, by arithmetic: what the compiled program is held against."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from exaone_jax.config import LayerSpec, ModelConfig
+from exaone_jax.planning.inputs import StepInputs, device_bytes
+from exaone_jax.planning.workload import Workload
+
+_GRADIENT = 4  # bytes of float32
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+def least_bytes(config: ModelConfig, work: Workload, inputs: StepInputs) -> dict[str, int]:
+    """By kind of collective; bytes that one device sends over rings (all-gather: (n-1)/n of the result; all-reduce twice).
+
+    Weights split over fsdp are gathered in the dtype they multiply in, in training once forward and once backward;
+    gradients are summed in float32. Tokens go to their experts evenly. A recomputed layer sends nothing again.
+    """
+    mesh, passes = inputs.placement.mesh, 2 if work.mode == "train" else 1
+    sent: Counter[str] = Counter()
+    for path, variable in nnx.to_flat_state(inputs.params):
+        if path[0] != "embed" or config.tie_word_embeddings:  # a table is looked up where its parts are
+            _weight(variable.get_value(), mesh, work, sent)
+    tokens = device_bytes(inputs.tokens) // inputs.tokens.dtype.itemsize
+    rows = work.itemsize * tokens * config.hidden_size
+    mtp = [config.mtp_layer] if work.mode == "train" and config.mtp_layer is not None else []
+    for layer in (*config.layers, *mtp):
+        sent["all-reduce"] += passes * 2 * _all_reduce(rows, mesh.shape["tensor"])
+        if layer.moe and config.moe is not None:
+            _experts(rows, config.moe.num_experts_per_tok, mesh.shape["expert"], passes, sent)
+        if work.mode == "train":
+            _context(config, layer, tokens, inputs, work, sent)
+    return {kind: sent[kind] for kind in KINDS if sent[kind]}
+
+
+def _weight(value, mesh: Mesh | AbstractMesh, work: Workload, sent: Counter[str]) -> None:
+    split = {axis for axes in value.sharding.spec for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis}
+    local = math.prod(value.sharding.shard_shape(value.shape))
+    whole = local * (mesh.shape["fsdp"] if "fsdp" in split else 1)
+    train = work.mode == "train"
+    sent["all-gather"] += (2 if train else 1) * work.itemsize * (whole - local)
+    if train:
+        copies = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert", "context") if axis not in split)
+        sent["reduce-scatter"] += _GRADIENT * (whole - local)
+        sent["all-reduce"] += _all_reduce(_GRADIENT * local, copies)
+
+
+def _experts(rows: int, chosen: int, devices: int, passes: int, sent: Counter[str]) -> None:
+    """A token and its answers cross once each way, for every expert that is elsewhere."""
+    sent["all-to-all"] += passes * 2 * rows * chosen * (devices - 1) // devices
+
+
+def _context(
+    config: ModelConfig, layer: LayerSpec, tokens: int, inputs: StepInputs, work: Workload, sent: Counter[str]
+) -> None:
+    """Keys and values forward, their gradients backward."""
+    mesh = inputs.placement.mesh
+    parts = mesh.shape["context"]
+    if parts == 1:
+        return
+    pair = 2 * work.itemsize * config.num_kv_heads // mesh.shape["tensor"] * config.head_dim
+    rows = tokens * parts // work.context  # of this device
+    if layer.window is not None and layer.window <= work.context // parts:
+        sent["collective-permute"] += 2 * pair * rows * (layer.window - 1)
+    else:
+        sent["all-gather"] += pair * tokens * (parts - 1)
+        sent["reduce-scatter"] += pair * tokens * (parts - 1)
+
+
+def _all_reduce(size: int, devices: int) -> int:
+    return 2 * size * (devices - 1) // devices

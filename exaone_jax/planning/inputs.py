@@ -1,0 +1,126 @@
+"""The arrays that a step takes, as shapes with shardings: nothing is allocated, and the mesh may be abstract."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from exaone_jax.config import ModelConfig, layer_plan
+from exaone_jax.config.model import DType
+from exaone_jax.errors import ConfigError
+from exaone_jax.model import Transformer
+from exaone_jax.model.cache import CACHE_AXES, KVCache, init_cache
+from exaone_jax.model.linear import Axes, RouterBias
+from exaone_jax.model.placement import ONE_DEVICE, Placement
+from exaone_jax.parallel import MeshPlacement, partition_spec, place
+from exaone_jax.planning.workload import Mode, Workload
+from exaone_jax.training.optimizer import adamw
+
+OPTIMIZER = adamw(optax.constant_schedule(1e-4))
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Trees of ShapeDtypeStructs.
+
+    Attributes:
+        params, router_biases: states of the model.
+        opt_state: of AdamW, float32 moments; None but in training.
+        kv: the cache; None in training.
+        tokens: int32 `[B, T]`, `[B, chunk]` where there is a cache.
+    """
+
+    placement: MeshPlacement
+    params: nnx.State
+    router_biases: nnx.State
+    opt_state: optax.OptState | None
+    kv: KVCache | None
+    tokens: jax.ShapeDtypeStruct
+
+
+def step_inputs(config: ModelConfig, work: Workload, mesh: Mesh | AbstractMesh) -> StepInputs:
+    """Raises ConfigError where the mesh does not divide the model, or in training the rows and their tokens."""
+    train, placement = work.mode == "train", place(config, mesh)
+    if train:
+        _check_divides(work, mesh)
+
+    shapes = _shapes(config, work.mode, work.dtype)
+    opt_state = None if shapes.opt_state is None else _sharded(shapes.opt_state, mesh)
+    kv = None if train else _cache(config, work, placement)
+    rows = jax.ShapeDtypeStruct((work.batch, work.chunk), jnp.int32)
+    tokens = _laid_out(rows, ("batch", "sequence" if train else "chunk"), placement)
+    params, biases = _sharded(shapes.params, mesh), _sharded(shapes.router_biases, mesh)
+    return StepInputs(placement, params, biases, opt_state, kv, tokens)
+
+
+def abstract_model(config: ModelConfig, mode: Mode, dtype: DType, placement: Placement = ONE_DEVICE) -> Transformer:
+    """Computing in dtype, in training over float32 parameters."""
+    param_dtype = "float32" if mode == "train" else dtype
+    return nnx.eval_shape(
+        lambda: Transformer(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0), placement=placement)
+    )
+
+
+class _Shapes(NamedTuple):
+    params: nnx.State
+    router_biases: nnx.State
+    opt_state: optax.OptState | None
+
+
+@cache
+def _shapes(config: ModelConfig, mode: Mode, dtype: DType) -> _Shapes:
+    """Without shardings: the same for every mesh of a search."""
+    _, params, biases = nnx.split(abstract_model(config, mode, dtype), nnx.Param, RouterBias)
+    return _Shapes(params, biases, jax.eval_shape(OPTIMIZER.transform.init, params) if mode == "train" else None)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of one device's part of the arrays of a tree."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _check_divides(work: Workload, mesh: Mesh | AbstractMesh) -> None:
+    rows = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    if work.batch % rows:
+        raise ConfigError(f"batch: found {work.batch} rows, expected a multiple of data x fsdp x expert = {rows}")
+    if work.context % mesh.shape["context"]:
+        raise ConfigError(f"context: {work.context:,} tokens do not divide into context={mesh.shape['context']} parts")
+
+
+def _sharded(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Parameters, and what an optimizer keeps for each, by their logical axes; scalars whole everywhere."""
+
+    def shard(leaf: Any) -> Any:
+        variable = isinstance(leaf, nnx.Variable)
+        value = leaf.get_value() if variable else leaf
+        spec = partition_spec("", value.shape, leaf.get_metadata("axes"), mesh) if variable else PartitionSpec()
+        struct = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, spec))
+        return leaf.replace(struct) if variable else struct
+
+    return jax.tree.map(shard, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _cache(config: ModelConfig, work: Workload, placement: MeshPlacement) -> KVCache:
+    def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: Axes) -> jax.Array:
+        del axes
+        return jnp.zeros(shape, dtype)
+
+    def make() -> KVCache:
+        return init_cache(config, layer_plan(config.layers), work.batch, work.context, work.chunk, work.dtype, zeros)
+
+    empty = jax.eval_shape(make)
+    return jax.tree.map(lambda x: _laid_out(x, CACHE_AXES if x.ndim == 5 else ("batch",), placement), empty)
+
+
+def _laid_out(x: jax.ShapeDtypeStruct, axes: tuple[str, ...], placement: MeshPlacement) -> jax.ShapeDtypeStruct:
+    spec = placement.spec(x.shape, axes)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(placement.mesh, spec))

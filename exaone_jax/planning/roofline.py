@@ -1,0 +1,59 @@
+"""A lower bound on the time of a step, from published peaks: no program on these chips is faster, and most are slower."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from flax import nnx
+
+from exaone_jax.config import ModelConfig
+from exaone_jax.planning.chips import Chip
+from exaone_jax.planning.inputs import StepInputs, device_bytes
+from exaone_jax.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds that each resource needs at its peak; all at once, the step takes at least the longest.
+
+    mfu: model FLOPs over what the chips could do in that time, the most that the step can reach.
+    """
+
+    compute_seconds: float
+    hbm_seconds: float
+    link_seconds: float
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_seconds, self.hbm_seconds, self.link_seconds)
+
+    @property
+    def limited_by(self) -> str:
+        times = {"compute": self.compute_seconds, "HBM": self.hbm_seconds, "links": self.link_seconds}
+        return max(times, key=lambda name: times[name])
+
+    def to_dict(self) -> dict[str, float | str]:
+        return asdict(self) | {"seconds": self.seconds, "limited_by": self.limited_by}
+
+
+def bound(chip: Chip, devices: int, flops: int, model_flops: int, hbm_bytes: int, sent_bytes: int) -> Bound:
+    """flops and model_flops over all devices; hbm_bytes and sent_bytes of one."""
+    compute = flops / (devices * chip.flops / chip.devices)
+    hbm = hbm_bytes / (chip.hbm_bandwidth / chip.devices)
+    link = sent_bytes / (chip.link_bandwidth / chip.devices)
+    seconds = max(compute, hbm, link)
+    return Bound(compute, hbm, link, model_flops / (seconds * devices * chip.flops / chip.devices))
+
+
+def least_hbm_bytes(config: ModelConfig, work: Workload, inputs: StepInputs) -> int:
+    """That a device must read or write: in training all of its state once each way; in serving its weights, of the experts
+    those that an even router would choose, and its keys and values."""
+    if work.mode == "train":
+        return 2 * device_bytes((inputs.params, inputs.opt_state))
+    routed = device_bytes([leaf for path, leaf in nnx.to_flat_state(inputs.params) if "experts" in path])
+    total = device_bytes((inputs.params, inputs.router_biases, inputs.kv))
+    if config.moe is None:
+        return total
+    untouched = (1 - config.moe.num_experts_per_tok / config.moe.num_experts) ** work.tokens
+    return round(total - routed * untouched)

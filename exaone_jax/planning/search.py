@@ -1,0 +1,71 @@
+"""`exaone-jax plan --search`: the meshes, batches and remat policies of a target that fit, cheapest first, by arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from exaone_jax.config import ModelConfig
+from exaone_jax.errors import ConfigError
+from exaone_jax.parallel import MeshShape
+from exaone_jax.planning.plan import Plan, Target, make_plan, rows_of
+from exaone_jax.planning.workload import Workload
+
+# The estimate errs: a plan that fills more than this much of a device by arithmetic is not proposed.
+_MARGIN = 0.92
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)  # a device group, tried in training and serving
+
+
+def search(name: str, config: ModelConfig, where: Target, works: Iterable[Workload]) -> list[Plan]:
+    """Plans that fit, by the least bound on the time of a token, then by the least memory.
+
+    works: the batches and remat policies to try. Meshes that do not divide the model or the batch are left out.
+    """
+    works, found = list(works), []
+    for mesh in meshes(config, where.devices):
+        for work in works:
+            try:
+                plan = make_plan(name, config, where, mesh, work)
+            except ConfigError:  # this mesh does not divide this model: not a candidate
+                continue
+            if plan.hbm_bytes is not None and plan.memory.total <= _MARGIN * plan.hbm_bytes:
+                found.append(plan)
+    return sorted(found, key=_cost)
+
+
+def candidates(config: ModelConfig, work: Workload, where: Target, batch: int | None) -> list[Workload]:
+    """The batches (of this size alone where one is given) and, in training, the remat policies."""
+    smallest = {rows_of(mesh, where.devices) for mesh in meshes(config, where.devices)}
+    if batch is not None:
+        batches = [batch]
+    elif work.mode == "train":
+        batches = sorted({rows * times for rows in smallest for times in _ROWS[:4]})
+    else:
+        batches = [rows for rows in _ROWS if rows * work.context <= 2**26] or [1]
+    policies = (None, "dots", "full") if work.mode == "train" else (None,)
+    return [replace(work, batch=rows, remat=remat) for rows in batches for remat in policies]
+
+
+def meshes(config: ModelConfig, devices: int) -> Iterator[MeshShape]:
+    """Every way to lay the devices along fsdp, expert, tensor and context that can divide the model's heads and experts."""
+    experts = 1 if config.moe is None else config.moe.num_experts
+    for tensor in _divisors(devices):
+        if config.num_kv_heads % tensor:
+            continue
+        for expert in _divisors(devices // tensor):
+            if experts % expert:
+                continue
+            for context in _divisors(devices // tensor // expert):
+                fsdp = devices // tensor // expert // context
+                if config.hidden_size % fsdp == 0:
+                    yield MeshShape(fsdp=fsdp, expert=expert, tensor=tensor, context=context)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _cost(plan: Plan) -> tuple[float, int]:
+    if plan.bound is None:
+        raise ValueError("a search needs a chip")
+    return plan.bound.seconds / plan.work.tokens, plan.memory.total
