@@ -98,7 +98,7 @@ def _searched(name: str, config: ModelConfig, where: Target, question: Question,
     if question.mesh is not None:
         raise ConfigError(f"search: finds the mesh, and --mesh {question.mesh} gives one; expected one of the two")
     work = workload(config, question.mode, question.batch or 1, context, question.chunk)
-    plans = search(name, config, where, candidates(config, work, where, question.batch))
+    plans = search(name, config, where, candidates(work, where, question.batch))
     if not plans:
         mesh = default_mesh(config, question.mode, where.devices)
         batch = question.batch or rows_of(mesh, where.devices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -52,12 +52,10 @@ def step_inputs(config: ModelConfig, work: Workload, mesh: Mesh | AbstractMesh) 
     if train:
         _check_divides(work, mesh)
 
-    shapes = _shapes(config, work.mode, work.dtype)
-    opt_state = None if shapes.opt_state is None else _sharded(shapes.opt_state, mesh)
+    params, biases, opt_state = _state(config, work.mode, work.dtype, mesh)
     kv = None if train else _cache(config, work, placement)
     rows = jax.ShapeDtypeStruct((work.batch, work.chunk), jnp.int32)
     tokens = _laid_out(rows, ("batch", "sequence" if train else "chunk"), placement)
-    params, biases = _sharded(shapes.params, mesh), _sharded(shapes.router_biases, mesh)
     return StepInputs(placement, params, biases, opt_state, kv, tokens)
 
 
@@ -69,17 +67,22 @@ def abstract_model(config: ModelConfig, mode: Mode, dtype: DType, placement: Pla
     )
 
 
-class _Shapes(NamedTuple):
+class _State(NamedTuple):
     params: nnx.State
     router_biases: nnx.State
     opt_state: optax.OptState | None
 
 
+@lru_cache(maxsize=4)  # a search tries many batches on one mesh
+def _state(config: ModelConfig, mode: Mode, dtype: DType, mesh: Mesh | AbstractMesh) -> _State:
+    return _State(*(_sharded(tree, mesh) for tree in _shapes(config, mode, dtype)))
+
+
 @cache
-def _shapes(config: ModelConfig, mode: Mode, dtype: DType) -> _Shapes:
-    """Without shardings: the same for every mesh of a search."""
+def _shapes(config: ModelConfig, mode: Mode, dtype: DType) -> _State:
+    """Without shardings: the same for every mesh."""
     _, params, biases = nnx.split(abstract_model(config, mode, dtype), nnx.Param, RouterBias)
-    return _Shapes(params, biases, jax.eval_shape(OPTIMIZER.transform.init, params) if mode == "train" else None)
+    return _State(params, biases, jax.eval_shape(OPTIMIZER.transform.init, params) if mode == "train" else None)
 
 
 def device_bytes(tree: Any) -> int:

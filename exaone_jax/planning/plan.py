@@ -204,7 +204,7 @@ def _smaller_batch(plan: Plan, config: ModelConfig) -> str | None:
 def _other_mesh(plan: Plan, config: ModelConfig) -> str | None:
     from exaone_jax.planning.search import search
 
-    best = search(plan.model, config, plan.target, [plan.work])
+    best = search(plan.model, config, plan.target, lambda _: [plan.work])
     if not best:
         return None
     remat = f" --remat {best[0].work.remat or 'none'}" if best[0].work.remat != plan.work.remat else ""
@@ -227,7 +227,7 @@ def _more_chips(plan: Plan, config: ModelConfig) -> str | None:
         if where.devices in tried:
             continue
         tried.add(where.devices)
-        if best := search(plan.model, config, where, [plan.work]):
+        if best := search(plan.model, config, where, lambda _: [plan.work]):
             return f"{where} would fit with --mesh {best[0].mesh}"
     return None
 

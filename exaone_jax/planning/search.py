@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from exaone_jax.config import ModelConfig
@@ -13,37 +13,43 @@ from exaone_jax.planning.workload import Workload
 
 # The estimate errs: a plan that fills more than this much of a device by arithmetic is not proposed.
 _MARGIN = 0.92
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)  # a device group, tried in training and serving
+_TRAINING_ROWS = (1, 2, 4, 8)  # for each part of the batch
+_SERVING_ROWS = (1, 4, 16, 64, 128, 256)  # over all devices
+
+Works = Callable[[MeshShape], Iterable[Workload]]
 
 
-def search(name: str, config: ModelConfig, where: Target, works: Iterable[Workload]) -> list[Plan]:
+def search(name: str, config: ModelConfig, where: Target, works: Works) -> list[Plan]:
     """Plans that fit, by the least bound on the time of a token, then by the least memory.
 
-    works: the batches and remat policies to try. Meshes that do not divide the model or the batch are left out.
+    works: of a mesh, the batches and remat policies to try. Meshes that do not divide the model or the batch are left out.
     """
-    works, found = list(works), []
+    found = []
     for mesh in meshes(config, where.devices):
-        for work in works:
+        for work in works(mesh):
             try:
                 plan = make_plan(name, config, where, mesh, work)
-            except ConfigError:  # this mesh does not divide this model: not a candidate
+            except ConfigError:  # this mesh does not divide this model or batch: not a candidate
                 continue
             if plan.hbm_bytes is not None and plan.memory.total <= _MARGIN * plan.hbm_bytes:
                 found.append(plan)
     return sorted(found, key=_cost)
 
 
-def candidates(config: ModelConfig, work: Workload, where: Target, batch: int | None) -> list[Workload]:
-    """The batches (of this size alone where one is given) and, in training, the remat policies."""
-    smallest = {rows_of(mesh, where.devices) for mesh in meshes(config, where.devices)}
-    if batch is not None:
-        batches = [batch]
-    elif work.mode == "train":
-        batches = sorted({rows * times for rows in smallest for times in _ROWS[:4]})
-    else:
-        batches = [rows for rows in _ROWS if rows * work.context <= 2**26] or [1]
+def candidates(work: Workload, where: Target, batch: int | None) -> Works:
+    """On a mesh, some batches (of this size alone where one is given) and, in training, the remat policies."""
     policies = (None, "dots", "full") if work.mode == "train" else (None,)
-    return [replace(work, batch=rows, remat=remat) for rows in batches for remat in policies]
+
+    def of_mesh(mesh: MeshShape) -> list[Workload]:
+        if batch is not None:
+            batches = [batch]
+        elif work.mode == "train":
+            batches = [rows_of(mesh, where.devices) * times for times in _TRAINING_ROWS]
+        else:
+            batches = list(_SERVING_ROWS)
+        return [replace(work, batch=rows, remat=remat) for rows in batches for remat in policies]
+
+    return of_mesh
 
 
 def meshes(config: ModelConfig, devices: int) -> Iterator[MeshShape]:
