@@ -20,7 +20,9 @@ Works = Callable[[MeshShape], Iterable[Workload]]
 
 
 def search(name: str, config: ModelConfig, where: Target, works: Works) -> list[Plan]:
-    """Plans that fit, by the least bound on the time of a token, then by the least memory.
+    """Plans that fit, by the least time of a token if compute, HBM and links did not overlap, then by the least memory.
+
+    Among plans that are all bound by compute, that prefers the one that sends the least.
 
     works: of a mesh, the batches and remat policies to try. Meshes that do not divide the model or the batch are left out.
     """
@@ -74,4 +76,5 @@ def _divisors(number: int) -> list[int]:
 def _cost(plan: Plan) -> tuple[float, int]:
     if plan.bound is None:
         raise ValueError("a search needs a chip")
-    return plan.bound.seconds / plan.work.tokens, plan.memory.total
+    bound = plan.bound
+    return (bound.compute_seconds + bound.hbm_seconds + bound.link_seconds) / plan.work.tokens, plan.memory.total
