@@ -83,6 +83,10 @@ class _Reader:
             elif operation == "custom-call":
                 self._custom_call(instruction, times)
             elif kind := _collective(operation):
+                if name.startswith(
+                    "all-reduce-scatter"
+                ):  # a fusion of the TPU's: an all-reduce of which a part is kept
+                    kind = "reduce-scatter"
                 self.program.sent[kind] += times * _sent_bytes(kind, instruction, computation)
             turns = self._turns(instruction, computation) if operation == "while" else 1
             for called in _called(instruction):

@@ -96,3 +96,22 @@ def test_a_tpu_program_says_nothing_of_its_loops_and_writes_products_as_convolut
     assert program.flops == 4 * (2 * 4 * 8 * 4 + 100)  # the kernel's input features are the first axis, of 4
     assert program.kernels == {"k": 4, "m": 4}
     assert program.uncounted == {"m": 4}
+
+
+def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
+    program = read_program(
+        """HloModule step
+
+%all-reduce-scatter.1 (x: f32[8,16]) -> f32[2,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %sum = f32[8,16]{1,0} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %part = f32[2,16]{1,0} dynamic-slice(%sum), dynamic_slice_sizes={2,16}
+}
+
+ENTRY %main (x: f32[8,16]) -> f32[2,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  ROOT %y = f32[2,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    )
+    assert program.sent == {"reduce-scatter": 4 * 8 * 16 * 3 // 4}
