@@ -133,11 +133,10 @@ def test_sharded_on_four_devices(form: str, tmp_path: Path):
     if form == "native":
         convert.from_hf(path, tmp_path / "native")
         path = tmp_path / "native"
-    flags = "--xla_force_host_platform_device_count=4"
     run = subprocess.run(
         [sys.executable, "-c", SHARDED, str(path)],
         capture_output=True, text=True, cwd=Path(__file__).parents[2],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "bytes" in run.stdout
