@@ -91,14 +91,19 @@ def attention(
     window = _check_window(window, causal)
     segments = _check_segments(segment_ids, q, k)
     offsets = _check_offset(q_offset, q.shape[0])
-    reason = tpu.unsupported(q, k, causal=causal, q_offset=q_offset, interpret=interpret)
-    name = choose("attention", implementation, _reasons(interpret, reason))
+    on_tpu = tpu.unsupported(q, k, causal=causal, q_offset=q_offset, interpret=interpret)
+    on_gpu = gpu.unsupported(
+        q, k, segmented=segments is not None, q_offset=q_offset, interpret=interpret, return_lse=return_lse
+    )
+    name = choose("attention", implementation, _reasons(interpret, on_tpu, on_gpu))
     if isinstance(q_offset, int | np.integer) and window is not None and window >= q_offset + q.shape[1]:
         window = None  # it hides nothing: the causal path
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if name == "tpu":
         out, lse = tpu.attention(q, k, v, segments, window=window, scale=factor, interpret=interpret)
         return (out, lse) if return_lse else out
+    if name == "gpu":
+        return gpu.attention(q, k, v, causal=causal, window=window, scale=factor)
     run = reference.attention if name == "reference" else xla.attention
     out, lse = run(q, k, v, offsets, segments, causal=causal, window=window, scale=factor)
     return (out, lse) if return_lse else out
@@ -107,16 +112,18 @@ def attention(
 def choose_implementation(implementation: str | None = None, *, interpret: bool = False) -> str:
     """Returns the implementation that `attention(..., implementation=implementation, interpret=interpret)` would run.
 
-    That is for a call that the backend's own kernel serves; `tpu.unsupported` says which calls the TPU's does not.
+    That is for a call that the backend's own kernel serves; `tpu.unsupported` and `gpu.unsupported` say which calls
+    theirs do not.
 
     Raises as `attention` does where none can.
     """
-    return choose("attention", implementation, _reasons(interpret, tpu.unsupported(interpret=interpret)))
+    on_tpu, on_gpu = tpu.unsupported(interpret=interpret), gpu.unsupported(interpret=interpret)
+    return choose("attention", implementation, _reasons(interpret, on_tpu, on_gpu))
 
 
-def _reasons(interpret: bool, tpu_reason: str | None) -> dict[str, str | None]:
+def _reasons(interpret: bool, on_tpu: str | None, on_gpu: str | None) -> dict[str, str | None]:
     plain = "interpret=True is for Pallas kernels, and this is none" if interpret else None
-    return {"reference": plain, "xla": plain, "tpu": tpu_reason, "gpu": gpu.unsupported()}
+    return {"reference": plain, "xla": plain, "tpu": on_tpu, "gpu": on_gpu}
 
 
 def _check_qkv(q: Array, k: Array, v: Array) -> None:

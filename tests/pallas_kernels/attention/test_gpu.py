@@ -1,0 +1,104 @@
+"""attention on GPU: what cuDNN is asked for, read from the program lowered for CUDA. No GPU computes here."""
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from pallas_kernels.attention import attention, choose_implementation, gpu, reference
+
+HEADS = {"2.4B": (32, 8, 80), "7.8B": (32, 8, 128), "32B": (40, 8, 128), "1.2B": (32, 8, 64), "236B": (64, 8, 128)}
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A GPU with cuDNN, as far as tracing and lowering look."""
+    monkeypatch.setattr(gpu, "target", lambda: "gpu")
+    monkeypatch.setattr("pallas_kernels._select.target", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91300)
+
+
+def shapes(heads, kv_heads, head_dim, length=512, dtype=jnp.bfloat16):
+    q = jax.ShapeDtypeStruct((2, length, heads, head_dim), dtype)
+    kv = jax.ShapeDtypeStruct((2, length, kv_heads, head_dim), dtype)
+    return q, kv, kv
+
+
+def calls(run, arrays):
+    """What the lowered program asks of cuDNN: [(name, its backend_config)]."""
+    text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    found = re.findall(r'custom_call @(__cudnn\$fmha\w+)\(.*?backend_config = "(.*?)"[,}]', text)
+    configs = [json.loads(re.sub(r"\\22", '"', config)) for _, config in found]
+    return [(name, c["cudnn_fmha_backend_config"]) for (name, _), c in zip(found, configs, strict=True)]
+
+
+@pytest.mark.parametrize("model", HEADS)
+@pytest.mark.parametrize("window", [None, 128, 4096])
+def test_lowers_to_cudnn_forward_and_backward(cuda, model, window):
+    run = functools.partial(attention, window=window)
+    length = 8192 if window == 4096 else 512
+    loss = lambda q, k, v: run(q, k, v).astype(jnp.float32).sum()  # noqa: E731
+    asked = calls(jax.grad(loss, (0, 1, 2)), shapes(*HEADS[model], length=length))
+    assert [name for name, _ in asked] == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    for _, config in asked:
+        assert config["mask_type"] == "CAUSAL"
+        assert config["sliding_window_length"] == (window or 0)  # cuDNN's counts the query, as ours
+        assert config["fmha_scale"] == pytest.approx(HEADS[model][2] ** -0.5)
+
+
+def test_a_window_that_hides_nothing_is_causal(cuda):
+    ((_, config),) = calls(functools.partial(attention, window=512), shapes(32, 8, 128))
+    assert config["sliding_window_length"] == 0
+
+
+def test_none_takes_cudnn_on_a_gpu(cuda):
+    assert choose_implementation() == "gpu"
+    assert len(calls(attention, shapes(32, 8, 128))) == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "dtype", "head_dim", "reason"),
+    [
+        ({"segment_ids": jnp.zeros((2, 512), jnp.int32)}, jnp.bfloat16, 128, "no segment ids"),
+        ({"q_offset": 3}, jnp.bfloat16, 128, "q_offset=0"),
+        ({"q_offset": jnp.zeros(2, jnp.int32)}, jnp.bfloat16, 128, "q_offset=0"),
+        ({"return_lse": True}, jnp.bfloat16, 128, "log-sum-exp"),
+        ({}, jnp.float32, 128, "this is float32"),
+        ({}, jnp.bfloat16, 132, "multiples of 8 up to 128, and this is 132"),
+        ({"interpret": True}, jnp.bfloat16, 128, "Pallas kernels"),
+    ],
+)
+def test_what_cudnn_would_ignore_or_refuse_is_refused(cuda, kwargs, dtype, head_dim, reason):
+    arrays = shapes(8, 2, head_dim, dtype=dtype)
+    with pytest.raises(NotImplementedError, match=f"'gpu' cannot serve this call: .*{reason}"):
+        jax.eval_shape(functools.partial(attention, implementation="gpu", **kwargs), *arrays)
+
+
+def test_other_lengths_of_keys_are_refused(cuda):
+    q, _, _ = shapes(8, 2, 128)
+    _, k, v = shapes(8, 2, 128, length=640)
+    with pytest.raises(NotImplementedError, match="T=512, S=640"):
+        jax.eval_shape(functools.partial(attention, implementation="gpu"), q, k, v)
+
+
+def test_what_cudnn_cannot_serve_goes_to_xla_when_nothing_was_named(cuda):
+    ids = jnp.zeros((2, 512), jnp.int32)
+    assert calls(functools.partial(attention, segment_ids=ids), shapes(8, 2, 128)) == []
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 64])
+def test_the_window_of_jax_nn_is_ours(window):
+    """The same translation on jax.nn's other implementation, which computes here."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 33, heads, 16)), jnp.float32) for heads in (4, 2, 2))
+    found = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=(window - 1, 0), implementation="xla"
+    )
+    offset = jnp.zeros(2, jnp.int32)
+    wanted, _ = reference.attention(q, k, v, offset, None, causal=True, window=window, scale=0.25)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
