@@ -172,7 +172,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, rotation: Rotation, attend: Packed | Cached) -> jax.Array:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        weights = tuple(proj.weight[...] for proj in (self.q_proj, self.k_proj, self.v_proj))
+        qkv = attend.placement.project(x, weights, ("heads", "kv_heads", "kv_heads"))
+        q, k, v = (out.reshape(heads) for out in qkv)
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.rope:

@@ -46,4 +46,4 @@ class Block(nnx.Module):
     def _feed_forward(
         self, x: jax.Array, real: jax.Array, placement: Placement
     ) -> tuple[jax.Array, RouterStats | None]:
-        return self.moe(x, real, placement) if self.spec.moe else (self.mlp(x), None)
+        return self.moe(x, real, placement) if self.spec.moe else (self.mlp(x, placement), None)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from exaone_jax.model.linear import Linear, ParamFactory
+from exaone_jax.model.placement import Placement
 
 
 @partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
@@ -29,5 +30,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(make, hidden, size, ("embed", "mlp"))
         self.limit = limit
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
+    def __call__(self, x: jax.Array, placement: Placement) -> jax.Array:
+        weights = (self.gate_proj.weight[...], self.up_proj.weight[...])
+        gate, up = placement.project(x, weights, ("mlp", "mlp"))
+        return self.down_proj(swiglu(gate, up, self.limit))

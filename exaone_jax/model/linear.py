@@ -47,11 +47,17 @@ class RouterBias(nnx.Variable[jax.Array]):
     """Bias of expert selection, float32 always: moved by the balancing rule and not by gradients, so it is no Param."""
 
 
-def _contract(x: jax.Array, y: jax.Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...]) -> jax.Array:
-    """Tensor product summed over the named axes, accumulated and returned in float32; true float32 on every backend."""
+def _contract(
+    x: jax.Array,
+    y: jax.Array,
+    x_axes: tuple[int, ...],
+    y_axes: tuple[int, ...],
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Tensor product summed over the named axes, accumulated in float32; true float32 on every backend."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = ((x_axes, y_axes), ((), ()))
-    return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=dtype)
 
 
 # Up to this many rows a CPU gets the product the other way round.
@@ -72,7 +78,24 @@ def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _rows_first(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return _contract(x, weight, (x.ndim - 1,), (1,)).astype(x.dtype)
+    return _rounded(x, weight, 1)
+
+
+def _rounded(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
+    """x's last axis with that one of weight, in x's dtype.
+
+    Accelerators round the sum as it leaves the unit that accumulates it: where the axis is split over devices, it is their
+    rounded sums that travel, at half the bytes. XLA:CPU multiplies bfloat16 well only into float32.
+    """
+    x_axes, weight_axes = (x.ndim - 1,), (axis,)
+    if x.dtype == jnp.float32:
+        return _contract(x, weight, x_axes, weight_axes)
+    return jax.lax.platform_dependent(
+        x,
+        weight,
+        cpu=lambda x, weight: _contract(x, weight, x_axes, weight_axes).astype(x.dtype),
+        default=lambda x, weight: _contract(x, weight, x_axes, weight_axes, x.dtype),
+    )
 
 
 def _weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -92,7 +115,7 @@ def _dot_fwd(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 
 def _dot_bwd(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
-    dx = _contract(grad, weight.astype(x.dtype), (grad.ndim - 1,), (0,)).astype(x.dtype)
+    dx = _rounded(grad, weight.astype(x.dtype), 0)
     dweight = jax.lax.platform_dependent(x, grad, cpu=_outer_on_cpu, default=_outer)
     return dx, dweight.astype(weight.dtype)
 

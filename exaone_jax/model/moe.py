@@ -112,12 +112,50 @@ class Experts(nnx.Module):
 
 def expert_mlp(weights: ExpertWeights, x: jax.Array, group_sizes: jax.Array, limit: float | None) -> jax.Array:
     """x `[M, D]` sorted by expert, group_sizes int32 `[E]` -> `[M, D]`, zeros in the rows of no expert."""
+    gate, up = (_product(x, weight, group_sizes) for weight in (weights.gate, weights.up))
+    return _product(swiglu(gate, up, limit), weights.down, group_sizes)
 
-    def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-        return grouped_matmul(rows, weight.astype(rows.dtype), group_sizes, transpose_rhs=True)
 
-    hidden = swiglu(product(x, weights.gate), product(x, weights.up), limit)
-    return product(hidden, weights.down)
+def _product(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return grouped_matmul(rows, weight, group_sizes, transpose_rhs=True)
+
+
+class ExpertGradients(NamedTuple):
+    """x `[M, D]` in x's dtype, mix float32 `[M]`, weights float32."""
+
+    x: jax.Array
+    mix: jax.Array
+    weights: ExpertWeights
+
+
+def expert_gradients(
+    weights: ExpertWeights, x: jax.Array, group_sizes: jax.Array, limit: float | None, grad: jax.Array, mix: jax.Array
+) -> ExpertGradients:
+    """Of the sum over rows of mix * <grad, expert_mlp(x)>, where grad is `[M, D]` in x's dtype and mix float32 `[M]`.
+
+    <grad, down @ hidden> is <down.T @ grad, hidden>: the answers themselves are not needed.
+    """
+
+    def by_row(rows: jax.Array, weight: jax.Array, grad: jax.Array) -> jax.Array:
+        return jax.vjp(lambda rows: _product(rows, weight, group_sizes), rows)[1](grad)[0]
+
+    def by_weight(rows: jax.Array, weight: jax.Array, grad: jax.Array) -> jax.Array:
+        return jax.vjp(lambda wide: _product(rows, wide, group_sizes), weight.astype(jnp.float32))[1](grad)[0]
+
+    gate, up = (_product(x, weight, group_sizes) for weight in (weights.gate, weights.up))
+    hidden, through_swiglu = jax.vjp(lambda gate, up: swiglu(gate, up, limit), gate, up)
+    dhidden = by_row(hidden, weights.down, grad).astype(jnp.float32)
+    dgate, dup = through_swiglu((mix[:, None] * dhidden).astype(x.dtype))
+    mixed = (mix[:, None] * hidden.astype(jnp.float32)).astype(x.dtype)
+    return ExpertGradients(
+        x=by_row(x, weights.gate, dgate) + by_row(x, weights.up, dup),
+        mix=jnp.sum(dhidden * hidden.astype(jnp.float32), axis=-1),
+        weights=ExpertWeights(
+            by_weight(x, weights.gate, dgate),
+            by_weight(x, weights.up, dup),
+            by_weight(mixed, weights.down, grad),
+        ),
+    )
 
 
 def weighted_sum(answers: jax.Array, weights: jax.Array) -> jax.Array:
@@ -139,8 +177,10 @@ class MoE(nnx.Module):
             self.shared = MLP(make, config.hidden_size, width, spec.swiglu_limit)
 
     def __call__(self, x: jax.Array, real: jax.Array, placement: Placement) -> tuple[jax.Array, RouterStats]:
-        routing = placement.per_token(partial(route, moe=self.moe), (self.router(x),), (self.router.bias[...],))
+        routing = placement.per_token(
+            partial(route, moe=self.moe), (self.router(x),), ((self.router.bias[...], ("experts",)),)
+        )
         out = placement.answer(self.experts, x, routing)
         if self.moe.num_shared_experts:
-            out = out + self.shared(x)
+            out = out + self.shared(x, placement)
         return out, router_stats(routing, real, self.moe.num_experts)

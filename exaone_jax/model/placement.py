@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from exaone_jax.model.cache import LayerKV
-from exaone_jax.model.linear import Axes
+from exaone_jax.model.linear import Axes, dot
 from pallas_kernels.attention import attention
 
 if TYPE_CHECKING:
@@ -55,8 +55,15 @@ class Placement(Protocol):
         """`run` of its arguments: layer `[R, B, K, slots, head_dim]`, lengths and valid `[B]`, q `[B, C, H, head_dim]`."""
         ...
 
-    def per_token(self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[jax.Array, ...] = ()) -> T:
-        """`run(*each, *whole)` -> arrays `[B, T, ...]`; a token of them depends on its own of each `[B, T, ...]` and on whole."""
+    def per_token(
+        self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[tuple[jax.Array, Axes], ...] = ()
+    ) -> T:
+        """`run(*each, *whole)` -> arrays `[B, T, ...]`; a token of them depends on its own of each `[B, T, ...]` and on whole:
+        parameters with their axes, which `run` uses in the dtype of the first of each."""
+        ...
+
+    def project(self, x: jax.Array, weights: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
+        """`dot(x, weight)` for each of several weights `[out, in]`, of which each out is a logical axis."""
         ...
 
     def answer(self, experts: "Experts", x: jax.Array, routing: "Routing") -> jax.Array:
@@ -93,8 +100,13 @@ class OneDevice:
     ) -> tuple[jax.Array, LayerKV]:
         return run(layer, index, lengths, valid, *qkv)
 
-    def per_token(self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[jax.Array, ...] = ()) -> T:
-        return run(*each, *whole)
+    def per_token(
+        self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[tuple[jax.Array, Axes], ...] = ()
+    ) -> T:
+        return run(*each, *(array for array, _ in whole))
+
+    def project(self, x: jax.Array, weights: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
+        return tuple(dot(x, weight) for weight in weights)
 
     def answer(self, experts: "Experts", x: jax.Array, routing: "Routing") -> jax.Array:
         tokens, routing = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, routing))

@@ -46,6 +46,9 @@ def run(
 ) -> tuple[jax.Array, SegmentStats]:
     """x `[B, T, D]` through a segment without a cache; statistics, one for each place in the pattern, are `[R, …]`."""
     graphdef, params = nnx.split(blocks)
+    once = (
+        _repeats(params) == 1
+    )  # no loop keeps the compiler from finding that it computes a layer twice, and keeping all of it
 
     def one(block: Block, x: jax.Array) -> tuple[jax.Array, RouterStats | None]:
         x = checkpoint_name(x, _BLOCK_INPUT)
@@ -56,12 +59,12 @@ def run(
         for block in nnx.merge(graphdef, params):
             layer = partial(one, block)
             if remat is not None:  # each layer by itself: a pattern's worth of experts' buffers is too much at once
-                layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+                layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=once)
             x, block_stats = layer(x)
             stats.append(block_stats)
         return x, tuple(stats)
 
-    if _repeats(params) == 1:
+    if once:
         x, stats = body(x, jax.tree.map(lambda leaf: leaf[0], params))
         return x, jax.tree.map(lambda leaf: leaf[None], stats)
     return jax.lax.scan(body, x, params)

@@ -18,9 +18,10 @@ from exaone_jax.model import Transformer
 from exaone_jax.model.cache import CACHE_AXES, LayerKV
 from exaone_jax.model.linear import Axes
 from exaone_jax.model.moe import Experts, ExpertWeights, Routing
-from exaone_jax.model.placement import ACTIVATIONS, CachedAttention, T
+from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE, CachedAttention, T
 from exaone_jax.parallel.context import context_attention
-from exaone_jax.parallel.exchange import exchange
+from exaone_jax.parallel.exchange import Layout, exchange
+from exaone_jax.parallel.gather import Parts, gathered, summed
 from exaone_jax.parallel.rules import RULES, Path, Rules, parameter_shardings
 from pallas_kernels.attention import attention
 
@@ -60,7 +61,7 @@ class MeshPlacement:
             else:
                 own = tokens - lax.axis_index(vocab) * len(table)
                 found = (own >= 0) & (own < len(table))
-                rows = lax.psum(jnp.where(found[..., None], table[jnp.where(found, own, 0)], 0).astype(dtype), vocab)
+                rows = summed(jnp.where(found[..., None], table[jnp.where(found, own, 0)], 0).astype(dtype), vocab)
             if across and shared:
                 return lax.all_to_all(rows, across, split_axis=0, concat_axis=2, tiled=True)
             return lax.all_gather(rows, across, axis=2, tiled=True) if across else rows
@@ -111,13 +112,48 @@ class MeshPlacement:
         )
         return out, LayerKV(*updated)
 
-    def per_token(self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[jax.Array, ...] = ()) -> T:
+    def per_token(
+        self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[tuple[jax.Array, Axes], ...] = ()
+    ) -> T:
         split = [self._split(size, axis) for size, axis in zip(each[0].shape[:2], ACTIVATIONS[:2], strict=True)]
         tokens = PartitionSpec(*(axes or None for axes in split))
         # Over the other axes the compiler splits `run` itself: a vocabulary stays in its parts.
-        specs = (*(tokens,) * len(each), *(PartitionSpec(),) * len(whole))
         names = {axis for axes in split for axis in axes}
-        return self._map(run, specs, tokens, names)(*each, *whole) if names else run(*each, *whole)
+        shared = [array for array, _ in whole]
+        if not names:
+            return run(*each, *shared)
+        parts = [self._parts(array.shape, axes, names) for array, axes in whole]
+        specs = (PartitionSpec(*(None,) * p.dim, p.axes) if p.axes else PartitionSpec() for p in parts)
+
+        def local(*arrays: jax.Array) -> T:
+            own, shared = arrays[: len(each)], arrays[len(each) :]
+            return run(
+                *own, *(gathered(x, p, own[0].dtype) if p.axes else x for x, p in zip(shared, parts, strict=True))
+            )
+
+        return self._map(local, (*(tokens,) * len(each), *specs), tokens, names)(*each, *shared)
+
+    def _parts(self, shape: tuple[int, ...], axes: Axes, names: set[str]) -> Parts:
+        """The dimension of a parameter that these mesh axes split, the first of them if there are more."""
+        for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
+            if (split := self._split(size, axis)) and names.issuperset(split):
+                return Parts(split, dim)
+        return Parts((), 0)
+
+    def project(self, x: jax.Array, weights: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
+        """Each device has columns of every product, and the gradients of x add up before they travel: one sum for all."""
+        splits = {self._split(len(weight), axis) for weight, axis in zip(weights, axes, strict=True)}
+        if len(splits) > 1 or splits == {()}:
+            return ONE_DEVICE.project(x, weights, axes)
+        split = splits.pop()
+        copies = jnp.broadcast_to(x, (math.prod(self.mesh.shape[axis] for axis in split), *x.shape))
+
+        def run(copy: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+            return ONE_DEVICE.project(copy[0], weights, axes)
+
+        columns = PartitionSpec(*(None,) * (x.ndim - 1), split)
+        specs = (PartitionSpec(split),) * (1 + len(weights))
+        return self._map(run, specs, (columns,) * len(weights), set(split))(copies, *weights)
 
     def answer(self, experts: Experts, x: jax.Array, routing: Routing) -> jax.Array:
         axis = _only(self._split(len(experts.gate_proj[...]), "experts"), "experts")
@@ -125,19 +161,22 @@ class MeshPlacement:
         parameters = (experts.gate_proj, experts.up_proj, experts.down_proj)
         names = [parameter.get_metadata("axes")[-3:] for parameter in parameters]
         specs = tuple(map(self.spec, (weight.shape for weight in experts.weights), names))
-        partial_sums = specs[0][1]  # mesh axes over which each device has a part of the experts' width
+        embed = [axes.index("embed") for axes in names]
+        sizes = (weight.shape[dim] for weight, dim in zip(experts.weights, embed, strict=True))
+        gate, up, down = (Parts(self._split(size, "embed"), dim) for size, dim in zip(sizes, embed, strict=True))
+        partial_sums = self._split(experts.gate_proj.shape[-2], "expert_mlp")  # each device has a part of the width
         split = axis in self._split(x.shape[0], "batch")
 
         def run(x: jax.Array, routing: Routing, weights: tuple[jax.Array, ...]) -> jax.Array:
-            whole = ExpertWeights(*map(partial(_whole, dtype=x.dtype), weights, names, specs))
             rows, choice = x.reshape(-1, x.shape[-1]), Routing(*(a.reshape(-1, a.shape[-1]) for a in routing))
             if axis is None:
-                out = experts.answer(whole, rows, choice)
+                whole = (gathered(w, p, x.dtype) for w, p in zip(weights, (gate, up, down), strict=True))
+                out = experts.answer(ExpertWeights(*whole), rows, choice)
             else:
-                out = exchange(rows, choice, whole, experts.limit, axis, split)
-            if partial_sums:
-                out = lax.psum(out, partial_sums)
-            return out.astype(x.dtype).reshape(x.shape)
+                layout = Layout(axis, experts.limit, (gate, up, down))
+                out = exchange(rows, choice, ExpertWeights(*weights), layout, split)
+            out = out.astype(x.dtype)
+            return (summed(out, partial_sums) if partial_sums else out).reshape(x.shape)
 
         return self._map(run, (tokens, tokens, specs), tokens)(x, routing, tuple(experts.weights))
 
@@ -178,13 +217,6 @@ class MeshPlacement:
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, window: int | None) -> jax.Array:
     return attention(q, k, v, window=window, segment_ids=ids)
-
-
-def _whole(weight: jax.Array, axes: Axes, spec: PartitionSpec, dtype: jnp.dtype) -> jax.Array:
-    """An expert weight with the parts of its embed dimension gathered, in the dtype that it multiplies in."""
-    weight = weight.astype(dtype)  # first: half the bytes to gather under float32 master weights
-    dim = axes.index("embed")
-    return weight if spec[dim] is None else lax.all_gather(weight, spec[dim], axis=dim, tiled=True)
 
 
 def _only(split: tuple[str, ...], axis: str) -> str | None:

@@ -301,7 +301,7 @@ def _sent_bytes(kind: str, instruction: Instruction, computation: dict[str, Inst
         return _bytes(computation[instruction.operands[0]].shape)
     if kind == "ragged-all-to-all":
         # Rows go into a larger buffer and come out of one: real are those of the smaller side.
-        operands = min(_bytes(computation[instruction.operands[0]].shape), _bytes(instruction.shape))
+        operands = min(_bytes(computation[name].shape) for name in instruction.operands[:2])
     return (2 if kind == "all-reduce" else 1) * operands * (n - 1) // n
 
 

@@ -78,8 +78,8 @@ def token_loss(model: Transformer, hidden: jax.Array, to: Targets, z_loss: float
         loss, _ = linear_cross_entropy(rows, weight, labels.reshape(-1), mask=mask.reshape(-1), z_loss=z_loss)
         return loss.reshape(labels.shape)
 
-    weight = model.head_weight().astype(hidden.dtype)
-    total = jnp.sum(model.placement.per_token(losses, (hidden, *to), (weight,)))
+    head = (model.head_weight(), ("vocab", "embed"))
+    total = jnp.sum(model.placement.per_token(losses, (hidden, *to), (head,)))
     return TokenLoss(total, jnp.sum(to.mask, dtype=jnp.float32))
 
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from exaone_jax.model.moe import ExpertWeights, Routing, expert_mlp, weighted_sum
 from exaone_jax.parallel import MeshShape, exchange, make_mesh
+from exaone_jax.parallel.gather import Parts
 
 DEVICES, EXPERTS, SIZE, WIDTH, K = 4, 8, 16, 12, 3
 
@@ -47,7 +48,8 @@ def expected(tokens, choice: Routing, w: ExpertWeights, limit):
 def exchanged(tokens, choice, w, limit, split: bool):
     mesh = make_mesh(MeshShape(expert=DEVICES), jax.devices()[:DEVICES])
     rows = P("expert") if split else P()
-    run = partial(exchange.exchange, limit=limit, axis="expert", tokens_are_split=split)
+    layout = exchange.Layout("expert", limit, (Parts((), 2), Parts((), 2), Parts((), 1)))
+    run = partial(exchange.exchange, layout=layout, tokens_are_split=split)
     return jax.shard_map(run, mesh=mesh, in_specs=(rows, rows, P("expert")), out_specs=rows, check_vma=False)(
         tokens, choice, w
     )
