@@ -5,7 +5,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+PRODUCT = "product"  # what a remat policy calls the result of `dot`: policies cannot look into a custom gradient
 Axes = tuple[str, ...]
 
 
@@ -71,10 +73,16 @@ def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     The weight may be wider than x (float32 master weights under bfloat16 compute): its gradient keeps the weight's dtype
     and is not rounded to x's on the way.
     """
+    return _product(x, weight)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     weight = weight.astype(x.dtype)
     if math.prod(x.shape[:-1]) <= _FEW_ROWS:
-        return jax.lax.platform_dependent(x, weight, cpu=_weight_first, default=_rows_first)
-    return _rows_first(x, weight)
+        out = jax.lax.platform_dependent(x, weight, cpu=_weight_first, default=_rows_first)
+    else:
+        out = _rows_first(x, weight)
+    return checkpoint_name(out, PRODUCT)
 
 
 def _rows_first(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -110,7 +118,7 @@ def _weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _dot_fwd(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return dot(x, weight), (x, weight)
+    return _product(x, weight), (x, weight)
 
 
 def _dot_bwd(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from exaone_jax.model.attention import Cached, Packed
 from exaone_jax.model.block import Block
 from exaone_jax.model.cache import LayerKV
+from exaone_jax.model.linear import PRODUCT
 from exaone_jax.model.moe import RouterStats
 from exaone_jax.model.placement import Placement
 from exaone_jax.model.rope import Rotation
@@ -25,7 +26,7 @@ SegmentStats = tuple[RouterStats | None, ...]
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[_BLOCK_INPUT],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +20,13 @@ from exaone_jax.planning.plan import (
     rows_of,
     target,
 )
-from exaone_jax.planning.search import candidates, search
+from exaone_jax.planning.search import candidates, confirmed, search
 from exaone_jax.planning.workload import workload
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _OWNER = "LGAI-EXAONE/"  # of the published repositories
-_CONFIRM = 3  # plans of a search that are compiled before it gives up
 
 
 @dataclass(frozen=True)
@@ -98,27 +96,13 @@ def _searched(name: str, config: ModelConfig, where: Target, question: Question,
     if question.mesh is not None:
         raise ConfigError(f"search: finds the mesh, and --mesh {question.mesh} gives one; expected one of the two")
     work = workload(config, question.mode, question.batch or 1, context, question.chunk)
-    plans = search(name, config, where, candidates(work, where, question.batch))
+    plans = search(name, config, where, candidates(work, question.batch))
     if not plans:
         mesh = default_mesh(config, question.mode, where.devices)
         batch = question.batch or rows_of(mesh, where.devices)
         return _judged(make_plan(name, config, where, mesh, replace(work, batch=batch)), config)
-    tried = []
-    for plan in _distinct(plans):
-        tried.append(_compiled(plan, config, question))
-        if tried[-1].fits:
-            return Answer(tried[-1], ())
-    return _judged(min(tried, key=lambda plan: plan.memory.total), config)
-
-
-def _distinct(plans: list[Plan]) -> Iterator[Plan]:
-    """The cheapest, and then such as need a good deal less memory than the last: what did not fit by a little is not tried
-    again a hair smaller."""
-    limit, count = float("inf"), 0
-    for plan in plans:
-        if plan.memory.total < 0.8 * limit and count < _CONFIRM:
-            yield plan
-            limit, count = plan.memory.total, count + 1
+    tried = confirmed(plans, lambda plan: _compiled(plan, config, question))
+    return _judged(min(tried, key=lambda plan: (not plan.fits, plan.memory.total)), config)
 
 
 def _compiled(plan: Plan, config: ModelConfig, question: Question) -> Plan:

@@ -154,15 +154,26 @@ def _memory(inputs: StepInputs, estimated: Memory, allocated: int) -> Memory:
 
 def _too_large(error: Exception, inputs: StepInputs, estimated: Memory, seconds: float) -> Compiled:
     """From the compiler's refusal; any other error of it goes on."""
-    asked = re.search(r"Used ([\d.]+)([KMG]) of|Ran out of memory[^(]*\(([\d.]+)([KMG])\) exceeds", str(error))
+    asked = asked_bytes(str(error))
     if asked is None:
         raise error
-    size, unit = (part for part in asked.groups() if part is not None)
-    total = round(float(size) * 2 ** {"K": 10, "M": 20, "G": 30}[unit])
     held = device_bytes((inputs.params, inputs.router_biases, inputs.opt_state, inputs.kv))
-    memory = _memory(inputs, estimated, max(total - held, 0))
+    memory = _memory(inputs, estimated, max(asked - held, 0))
     note = f"the compiler refused: {str(error).splitlines()[0]}"
     return Compiled(memory, None, {}, {}, seconds, (note,))
+
+
+def asked_bytes(message: str) -> int | None:
+    """That a program needs in all, from libtpu's refusal of it; None where the message is of something else.
+
+    libtpu 0.0.48 and later: `… total memory required for HLO temporaries (40.00G) exceeds available HBM (15.75G)`; those
+    temporaries hold the arguments, too. 0.0.41 names one array that alone is too large: the least that is needed.
+    """
+    if found := re.search(r"Used ([\d.]+)([KMGT]?) of|Ran out of memory[^(]*\(([\d.]+)([KMGT]?)\) exceeds", message):
+        size, unit = (part for part in found.groups() if part is not None)
+        return round(float(size) * 2 ** {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[unit])
+    found = re.search(r"Allocation \(size=(\d+)\) would exceed memory", message)
+    return None if found is None else int(found.group(1))
 
 
 def _notes(program: Program) -> Iterable[str]:

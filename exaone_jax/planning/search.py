@@ -8,11 +8,15 @@ from dataclasses import replace
 from exaone_jax.config import ModelConfig
 from exaone_jax.errors import ConfigError
 from exaone_jax.parallel import MeshShape
-from exaone_jax.planning.plan import Plan, Target, make_plan, rows_of
+from exaone_jax.planning.chips import Chip, Topology, topologies
+from exaone_jax.planning.inputs import device_bytes, step_inputs
+from exaone_jax.planning.memory import abstract_mesh
+from exaone_jax.planning.plan import Plan, Target, make_plan
 from exaone_jax.planning.workload import Workload
 
 # The estimate errs: a plan that fills more than this much of a device by arithmetic is not proposed.
 _MARGIN = 0.92
+_CONFIRM = 3  # plans that are compiled before a search gives up
 _TRAINING_ROWS = (1, 2, 4, 8)  # for each part of the batch
 _SERVING_ROWS = (1, 4, 16, 64, 128, 256)  # over all devices
 
@@ -26,19 +30,65 @@ def search(name: str, config: ModelConfig, where: Target, works: Works) -> list[
 
     works: of a mesh, the batches and remat policies to try. Meshes that do not divide the model or the batch are left out.
     """
-    found = []
+    plans = _plans(name, config, where, works)
+    fitting = (plan for plan in plans if plan.hbm_bytes is not None and plan.memory.total <= _MARGIN * plan.hbm_bytes)
+    return sorted(fitting, key=_cost)
+
+
+def least_memory(name: str, config: ModelConfig, where: Target, works: Works) -> Plan | None:
+    """The plan that needs the least, whether it fits or not; None where no mesh divides the model and the batch."""
+    return min(_plans(name, config, where, works), key=lambda plan: plan.memory.total, default=None)
+
+
+def _plans(name: str, config: ModelConfig, where: Target, works: Works) -> Iterator[Plan]:
     for mesh in meshes(config, where.devices):
         for work in works(mesh):
             try:
-                plan = make_plan(name, config, where, mesh, work)
+                yield make_plan(name, config, where, mesh, work)
             except ConfigError:  # this mesh does not divide this model or batch: not a candidate
                 continue
-            if plan.hbm_bytes is not None and plan.memory.total <= _MARGIN * plan.hbm_bytes:
-                found.append(plan)
-    return sorted(found, key=_cost)
 
 
-def candidates(work: Workload, where: Target, batch: int | None) -> Works:
+def slices(name: str, config: ModelConfig, chip: Chip, work: Workload, works: Works) -> Iterator[list[Plan]]:
+    """Of each slice of a TPU that the step fits on by arithmetic, smallest first, its plans as `search` orders them.
+
+    work: one of `works`, by which slices are passed over that cannot hold parameters, optimizer and cache. Of slices with as
+    many chips the first stands for all: arithmetic knows no difference.
+    """
+    tried = set()
+    for topology in (Topology(chip, sides) for sides in topologies(chip)):
+        if topology.chips in tried or state_bytes(config, work) > topology.chips * chip.hbm_bytes:
+            continue
+        tried.add(topology.chips)
+        if plans := search(name, config, Target(chip, topology.devices, topology), works):
+            yield plans
+
+
+def state_bytes(config: ModelConfig, work: Workload) -> int:
+    """What all devices together must hold at the least: parameters, gradients, optimizer, keys and values."""
+    inputs = step_inputs(config, work, abstract_mesh((1, 1, 1, 1, 1)))
+    gradients = inputs.params if work.mode == "train" else None
+    return device_bytes((inputs.params, inputs.router_biases, inputs.opt_state, gradients, inputs.kv))
+
+
+def confirmed(plans: Iterable[Plan], compiled: Callable[[Plan], Plan]) -> list[Plan]:
+    """Plans as compiled, one after the other, up to the first that fits or `_CONFIRM` of them.
+
+    Where the compiler asks for more than the estimate, the next is one that fits with an estimate as far off.
+    """
+    tried: list[Plan] = []
+    error = 1.0
+    for plan in plans:
+        if plan.hbm_bytes is None or error * plan.memory.total > plan.hbm_bytes:
+            continue
+        tried.append(compiled(plan))
+        if tried[-1].fits or len(tried) == _CONFIRM:
+            break
+        error = max(error, tried[-1].memory.total / plan.memory.total)
+    return tried
+
+
+def candidates(work: Workload, batch: int | None) -> Works:
     """On a mesh, some batches (of this size alone where one is given) and, in training, the remat policies."""
     policies = (None, "dots", "full") if work.mode == "train" else (None,)
 
@@ -46,7 +96,7 @@ def candidates(work: Workload, where: Target, batch: int | None) -> Works:
         if batch is not None:
             batches = [batch]
         elif work.mode == "train":
-            batches = [rows_of(mesh, where.devices) * times for times in _TRAINING_ROWS]
+            batches = [mesh.data * mesh.fsdp * mesh.expert * times for times in _TRAINING_ROWS]
         else:
             batches = list(_SERVING_ROWS)
         return [replace(work, batch=rows, remat=remat) for rows in batches for remat in policies]

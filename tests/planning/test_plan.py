@@ -57,6 +57,25 @@ def test_the_estimate_beside_the_compiled_program(config: ModelConfig, mesh: str
     assert 0.9 < compiled.flops * 8 / (flops.model + flops.recomputed) < 2.0
 
 
+@pytest.mark.usefixtures("quick_compiles")
+def test_what_each_remat_policy_computes_again():
+    """In the compiled program: "full" the layers' products but the last of each, that nothing behind it needs, and "dots" none.
+
+    A short row has little attention, which both make again.
+    """
+    devices = make_mesh(MeshShape(fsdp=8))
+    flops = {}
+    for remat in (None, "dots", "full"):
+        work = Workload("train", 16, 64, 64, remat, "float32")
+        compiled = compile_step(DENSE, work, devices, estimate(DENSE, work, step_inputs(DENSE, work, devices)))
+        assert compiled.flops is not None
+        flops[remat] = 8 * compiled.flops
+    layers = step_flops(DENSE, work).forward.layers
+    down = 2 * 16 * 64 * DENSE.hidden_size * DENSE.intermediate_size * len(DENSE.layers)
+    assert 0.95 < (flops["full"] - flops[None]) / (layers - down) < 1.1
+    assert (flops["dots"] - flops[None]) / layers < 0.1
+
+
 def test_keys_of_the_json(capsys: pytest.CaptureFixture[str]):
     arguments = "K-EXAONE-236B-A23B --mode decode --topology v5p:4x4x4 --mesh expert=8,tensor=8 --batch 64 --no-compile"
     code, out = run_json(capsys, "plan", *arguments.split(), "--context", "32768")
