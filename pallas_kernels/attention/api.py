@@ -91,7 +91,7 @@ def attention(
     window = _check_window(window, causal)
     segments = _check_segments(segment_ids, q, k)
     offsets = _check_offset(q_offset, q.shape[0])
-    on_tpu = tpu.unsupported(q, k, causal=causal, q_offset=q_offset, interpret=interpret)
+    on_tpu = tpu.unsupported(q, k, causal=causal, interpret=interpret)
     on_gpu = gpu.unsupported(
         q, k, segmented=segments is not None, q_offset=q_offset, interpret=interpret, return_lse=return_lse
     )
@@ -100,7 +100,8 @@ def attention(
         window = None  # it hides nothing: the causal path
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if name == "tpu":
-        out, lse = tpu.attention(q, k, v, segments, window=window, scale=factor, interpret=interpret)
+        where = q_offset if isinstance(q_offset, int | np.integer) else offsets
+        out, lse = tpu.attention(q, k, v, where, segments, window=window, scale=factor, interpret=interpret)
         return (out, lse) if return_lse else out
     if name == "gpu":
         return gpu.attention(q, k, v, causal=causal, window=window, scale=factor)

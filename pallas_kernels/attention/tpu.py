@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels.attention import tpu_flash, tpu_window
-from pallas_kernels.attention.tpu_tiles import LOG2E
+from pallas_kernels.attention.tpu_tiles import LOG2E, Band
 from pallas_kernels.attention.tuned import tiles
 
 HEAD_DIMS = (64, 80, 128)
@@ -33,7 +33,6 @@ def unsupported(
     k: Array | None = None,
     *,
     causal: bool = True,
-    q_offset: Any = 0,
     interpret: bool = False,
 ) -> str | None:
     """Returns why this implementation cannot serve a call, or None if it can. Without arrays: any call at all."""
@@ -52,10 +51,6 @@ def unsupported(
         return f"the TPU kernels take at most {_MAX_GROUP} query heads on a kv head, and this is {q.shape[2] // k.shape[2]}"
     if not causal:
         return "the TPU kernels are causal"
-    if not isinstance(q_offset, int | np.integer) or q_offset != 0:
-        return "the TPU kernels need q_offset=0"
-    if q.shape[1] != k.shape[1]:
-        return f"the TPU kernels need as many keys as queries, and this has T={q.shape[1]}, S={k.shape[1]}"
     return None
 
 
@@ -64,6 +59,7 @@ class _Plan(NamedTuple):
 
     window: int | None
     scale: float
+    band: Band
     kind: str
     interpret: bool
 
@@ -71,20 +67,24 @@ class _Plan(NamedTuple):
     def one_pass(self) -> bool:
         return self.window is not None and self.window <= tpu_window.MAX_WINDOW
 
-    def kernel(self, q: Array, k: Array, segmented: bool, backward: bool) -> Any:
+    @property
+    def sliced(self) -> bool:
+        """Whether the keys are those beside the queries, as the window kernels take them, and not yet all of them."""
+        return self.one_pass and (self.band.offset != 0 or self.band.queries != self.band.keys)
+
+    def kernel(self, group: int, head_dim: int, segmented: bool, backward: bool) -> Any:
         """The kernel module's own plan."""
-        length, heads, head_dim = q.shape[1:]
-        face = (length, heads // k.shape[2], head_dim)
         how = (self.scale, segmented, backward, tiles(self.kind), self.interpret)
         if self.window is not None and self.one_pass:
-            return tpu_window.make_plan(*face, self.window, *how)
-        return tpu_flash.make_plan(*face, self.window, *how)
+            return tpu_window.make_plan(self.band, group, head_dim, self.window, *how)
+        return tpu_flash.make_plan(self.band, group, head_dim, self.window, *how)
 
 
 def attention(
     q: Array,
     k: Array,
     v: Array,
+    q_offset: int | Array,
     segments: tuple[Array, Array] | None,
     *,
     window: int | None,
@@ -92,39 +92,104 @@ def attention(
     interpret: bool,
 ) -> tuple[Array, Array]:
     """Returns (out [B, T, H, D] in q's dtype, lse float32 [B, H, T]). Arguments as `api.attention`, already checked."""
-    if segments is not None and segments[0] is not segments[1]:
-        k, v = _clear_unseen(k, v, segments, window)
-    return _attention(_Plan(window, scale, device_kind() or "", interpret), q, k, v, segments)
+    queries, keys = q.shape[1], k.shape[1]
+    static = isinstance(q_offset, int | np.integer)
+    # Further out nothing changes any more, and no sum overflows.
+    offset = (np if static else jnp).clip(q_offset, -queries, keys + (window or 0))
+    band = Band(queries, keys, int(offset) if static else None)
+    offsets = None if static else jnp.asarray(offset, jnp.int32)
+    if band != Band(queries, queries, 0) or (segments is not None and segments[0] is not segments[1]):
+        k, v = _clear_unseen(band, window, k, v, offsets, segments)
+    plan = _Plan(window, scale, band, device_kind() or "", interpret)
+    if plan.sliced and window is not None:
+        k, v, segments = _beside_queries(band, tpu_window.look_back(window), k, v, offsets, segments)
+    return _attention(plan, q, k, v, offsets, segments)
 
 
-@functools.partial(jax.jit, static_argnames="window")
-def _clear_unseen(k: Array, v: Array, segments: tuple[Array, Array], window: int | None) -> tuple[Array, Array]:
-    """Zeroes keys that no query sees: they may hold NaN, and 0 * NaN is NaN. With one array of ids each key sees itself."""
-    query_ids, key_ids = segments
-    length, chunk = query_ids.shape[1], 256
-    distance = jnp.arange(length)[:, None] - jnp.arange(-(-length // chunk) * chunk).reshape(-1, 1, chunk)
-    ids = jnp.pad(key_ids, ((0, 0), (0, -length % chunk))).reshape(key_ids.shape[0], -1, chunk).swapaxes(0, 1)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _clear_unseen(
+    band: Band, window: int | None, k: Array, v: Array, offsets: Array | None, segments: tuple[Array, Array] | None
+) -> tuple[Array, Array]:
+    """Zeroes keys that no query of their row of the batch sees: they may hold NaN, and 0 * NaN is NaN.
 
-    def any_query(chunk: tuple[Array, Array]) -> Array:
-        distance, ids = chunk
-        near = (distance >= 0) & (distance < (length if window is None else window))
-        return (near & (query_ids[:, :, None] == ids[:, None])).any(1)
-
-    seen = jax.lax.map(any_query, (distance, ids)).swapaxes(0, 1).reshape(key_ids.shape[0], -1)[:, :length, None, None]
+    With one array of ids, T == S and no offset each key sees itself, and nothing is to do.
+    """
+    offset = jnp.full((k.shape[0],), band.offset, jnp.int32) if offsets is None else offsets
+    query = jnp.arange(band.keys) - offset[:, None]  # [B, S]: the query that stands at the key
+    seen = query < band.queries
+    if window is not None:
+        seen &= query > -window
+    if segments is not None:
+        seen &= _seen_by_id(band, window, offset, segments)
+    seen = seen[:, :, None, None]
     return jnp.where(seen, k, 0), jnp.where(seen, v, 0)
 
 
+def _seen_by_id(band: Band, window: int | None, offset: Array, segments: tuple[Array, Array]) -> Array:
+    """bool [B, S]: which keys a query with their id sees. Chunk by chunk of keys, with the queries that are near enough."""
+    chunk = 256
+    near = band.queries if window is None else min(band.queries, chunk + window - 1)
+
+    def of_row(query_ids: Array, key_ids: Array, offset: Array) -> Array:
+        def of_chunk(xs: tuple[Array, Array]) -> Array:
+            first, ids = xs
+            start = jnp.clip(first - offset, 0, band.queries - near)
+            query = offset + start + jnp.arange(near)
+            distance = query[:, None] - first - jnp.arange(chunk)
+            sees = lax.dynamic_slice_in_dim(query_ids, start, near)[:, None] == ids
+            sees &= (distance >= 0) & (distance < (window or 2**31 - 1))
+            return sees.any(0)
+
+        starts = jnp.arange(0, band.keys, chunk)
+        ids = jnp.pad(key_ids, (0, -band.keys % chunk)).reshape(-1, chunk)
+        return lax.map(of_chunk, (starts, ids)).reshape(-1)[: band.keys]
+
+    return jax.vmap(of_row)(*segments, offset)
+
+
+def _beside_queries(
+    band: Band, before: int, k: Array, v: Array, offsets: Array | None, segments: tuple[Array, Array] | None
+) -> tuple[Array, Array, tuple[Array, Array] | None]:
+    """Keys, values and key ids `offset - before .. offset + T`, zeros where there are none: [B, before + T, ...]."""
+
+    def static(x: Array) -> Array:
+        low, high = before - (band.offset or 0), (band.offset or 0) + band.queries - band.keys
+        return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)])
+
+    def traced(x: Array) -> Array:
+        wide, size = before + band.queries, before + band.queries
+        x = jnp.pad(x, ((0, 0), (wide, wide), *[(0, 0)] * (x.ndim - 2)))
+        # Further out than this no query sees a key, and dynamic_slice clips it to that.
+        return jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, size))(x, offsets - before + wide)
+
+    take = static if offsets is None else traced
+    return take(k), take(v), None if segments is None else (segments[0], take(segments[1]))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(plan: _Plan, q: Array, k: Array, v: Array, segments: Any) -> tuple[Array, Array]:
-    return _forward(plan, q, k, v, segments)[0]
+def _differentiable(
+    plan: _Plan, q: Array, k: Array, v: Array, offsets: Array | None, segments: Any
+) -> tuple[Array, Array]:
+    return _forward(plan, q, k, v, offsets, segments)[0]
 
 
 _attention = jax.jit(_differentiable, static_argnums=0)
 
 
-def _padding(plan: _Plan, kernel: Any, length: int) -> tuple[int, int]:
-    """(keys before the first, rows after the last)."""
-    return tpu_window.padding(kernel, length) if plan.one_pass else (0, tpu_flash.padding(kernel, length))
+class _Padding(NamedTuple):
+    """Rows to put around what the kernels take."""
+
+    queries: int  # after the last
+    before: int  # the first key
+    keys: int  # after the last
+
+
+def _padding(plan: _Plan, kernel: Any) -> _Padding:
+    if not plan.one_pass:
+        queries, keys = tpu_flash.padding(kernel)
+        return _Padding(queries, 0, keys)
+    after = tpu_window.padding(kernel)
+    return _Padding(after, 0 if plan.sliced else tpu_window.look_back(kernel.window), after)
 
 
 def _to_rows(x: Array, kv_heads: int, after: int) -> Array:
@@ -155,48 +220,53 @@ def _stats(x: Array, kv_heads: int, after: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, after)))
 
 
-def _segments(segments: Any, before: int, after: int, transposed: bool) -> tuple[Array, Array] | None:
+def _segments(segments: Any, padding: _Padding, transposed: bool) -> tuple[Array, Array] | None:
     """Ids as a column and a row: the queries' the column forward, the keys' backward."""
     if segments is None:
         return None
-    queries = jnp.pad(segments[0], ((0, 0), (0, after)))
-    keys = jnp.pad(segments[1], ((0, 0), (before, after)))
+    queries = jnp.pad(segments[0], ((0, 0), (0, padding.queries)))
+    keys = jnp.pad(segments[1], ((0, 0), (padding.before, padding.keys)))
     return (queries[:, None], keys[..., None]) if transposed else (queries[..., None], keys[:, None])
 
 
-def _forward(plan: _Plan, q: Array, k: Array, v: Array, segments: Any) -> Any:
-    length, kv_heads = k.shape[1:3]
-    kernel = plan.kernel(q, k, segments is not None, backward=False)
-    before, after = _padding(plan, kernel, length)
+def _forward(plan: _Plan, q: Array, k: Array, v: Array, offsets: Array | None, segments: Any) -> Any:
+    length, heads, head_dim = q.shape[1:]
+    kv_heads = k.shape[2]
+    kernel = plan.kernel(heads // kv_heads, head_dim, segments is not None, backward=False)
+    padding = _padding(plan, kernel)
     run = tpu_window.forward if plan.one_pass else tpu_flash.forward
-    rows, keys, values = _to_rows(q, kv_heads, after), _to_keys(k, before, after), _to_keys(v, before, after)
-    out, lse = run(kernel, rows, keys, values, _segments(segments, before, after, transposed=False))
+    rows = _to_rows(q, kv_heads, padding.queries)
+    keys, values = (_to_keys(x, padding.before, padding.keys) for x in (k, v))
+    out, lse = run(kernel, offsets, rows, keys, values, _segments(segments, padding, transposed=False))
     out = _from_rows(out, length)
-    lse = lse.reshape(q.shape[0], q.shape[2], -1)[..., :length] * _LN2
-    return (out, lse), (q, k, v, segments, out, lse)
+    lse = lse.reshape(q.shape[0], heads, -1)[..., :length] * _LN2
+    return (out, lse), (q, k, v, offsets, segments, out, lse)
 
 
 def _backward(plan: _Plan, residuals: Any, grads: tuple[Array, Array]) -> Any:
-    q, k, v, segments, out, lse = residuals
+    q, k, v, offsets, segments, out, lse = residuals
     d_out, d_lse = grads
-    length, kv_heads = k.shape[1:3]
-    kernel = plan.kernel(q, k, segments is not None, backward=True)
-    before, after = _padding(plan, kernel, length)
+    length, heads, head_dim = q.shape[1:]
+    num_keys, kv_heads = k.shape[1:3]
+    kernel = plan.kernel(heads // kv_heads, head_dim, segments is not None, backward=True)
+    padding = _padding(plan, kernel)
     run = tpu_window.backward if plan.one_pass else tpu_flash.backward
     # d scores = weights * (d_out . v - d_out . out + d_lse), so both row terms are one number a row.
     shift = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - d_lse
     lse = jnp.where(jnp.isneginf(lse), _NEVER, lse * LOG2E)
     d_q, d_k, d_v = run(
         kernel,
-        _to_rows(q, kv_heads, after),
-        _to_rows(d_out.astype(q.dtype), kv_heads, after),
-        _stats(lse, kv_heads, after),
-        _stats(shift, kv_heads, after),
-        _to_keys(k, before, after),
-        _to_keys(v, before, after),
-        _segments(segments, before, after, transposed=True),
+        offsets,
+        _to_rows(q, kv_heads, padding.queries),
+        _to_rows(d_out.astype(q.dtype), kv_heads, padding.queries),
+        _stats(lse, kv_heads, padding.queries),
+        _stats(shift, kv_heads, padding.queries),
+        _to_keys(k, padding.before, padding.keys),
+        _to_keys(v, padding.before, padding.keys),
+        _segments(segments, padding, transposed=True),
     )
-    return _from_rows(d_q, length), _from_keys(d_k, before, length), _from_keys(d_v, before, length), None
+    d_k, d_v = (_from_keys(x, padding.before, num_keys) for x in (d_k, d_v))
+    return _from_rows(d_q, length), d_k, d_v, None, None
 
 
 _differentiable.defvjp(_forward, _backward)

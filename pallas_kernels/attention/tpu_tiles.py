@@ -1,6 +1,7 @@
-"""What the TPU kernels share: constants, products, masks, and how a column of row statistics becomes a row."""
+"""What the TPU kernels share: constants, products, where queries stand, and how a column of row statistics becomes a row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -13,6 +14,48 @@ FLOOR = -1e29  # no running maximum is below this: exp2(HIDDEN - FLOOR) is 0, so
 LOG2E = 1.4426950408889634
 
 PARALLEL, IN_ORDER = pltpu.GridDimensionSemantics.PARALLEL, pltpu.GridDimensionSemantics.ARBITRARY
+
+
+class Band(NamedTuple):
+    """Where the queries stand among the keys of their row of the batch: query i at key `offset + i`."""
+
+    queries: int  # T
+    keys: int  # S
+    offset: int | None  # None: one a row of the batch, int32 [B] in scalar memory, the kernel's first argument
+
+    @property
+    def past_end(self) -> bool:
+        """Whether a query may stand after the last key."""
+        return self.offset is None or self.offset + self.queries > self.keys
+
+    @property
+    def expected(self) -> int:
+        """The offset, for estimates: where it is data, queries are taken for the last of the keys."""
+        return self.keys - self.queries if self.offset is None else self.offset
+
+    def blind(self, window: int | None) -> bool:
+        """Whether a query may see no key."""
+        if self.offset is None or self.offset < 0:
+            return True
+        return window is not None and self.offset + self.queries - self.keys >= window
+
+    def offset_of(self, row: Any, *offsets: Any) -> Any:
+        """In an index map: the offset of a row of the batch."""
+        return offsets[0][row] if self.offset is None else self.offset
+
+    def take_offset(self, refs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        """In a kernel whose first grid dimension is the batch: (the offset, the other arguments)."""
+        return (refs[0][pl.program_id(0)], refs[1:]) if self.offset is None else (self.offset, refs)
+
+    def pallas_call(
+        self, kernel: Callable[..., None], offsets: Array | None, inputs: Sequence[Array], **call: Any
+    ) -> Any:
+        """`pl.pallas_call(kernel, ...)(*inputs)`; `offsets`, where there are any, go before the inputs and into index maps."""
+        names = ("grid", "in_specs", "out_specs", "scratch_shapes")
+        grid = {name: call.pop(name) for name in names if name in call}
+        prefetched = [] if offsets is None else [offsets]
+        spec = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=len(prefetched), **grid)
+        return pl.pallas_call(kernel, grid_spec=spec, **call)(*prefetched, *inputs)
 
 
 def compiler_params(*dimensions: pltpu.GridDimensionSemantics) -> pltpu.CompilerParams:

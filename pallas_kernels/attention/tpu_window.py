@@ -5,7 +5,8 @@ keys up to the diagonal, in tile t - m those after it: the two triangles are com
 softmax of a query tile is over m tiles of live scores instead of m + 1 half-dead ones. For W = 128 that is a single tile.
 
 The kernels' layout is q [B, K, G, T, D] with the G heads of a group together, so that the keys and values fetched once serve
-all of them, and k and v [B, K, m * 128 + T, D], padded in front by the keys that the first tile looks back at.
+all of them, and k and v [B, K, m * 128 + T, D]: the queries' own keys, and before them those that the first tile looks back at.
+Where the queries stand at an offset, that is a slice of the keys, and all that the kernels need of the rest is where it ends.
 """
 
 import functools
@@ -24,6 +25,7 @@ from pallas_kernels.attention.tpu_tiles import (
     LOG2E,
     PARALLEL,
     TILE,
+    Band,
     ceil_to,
     compiler_params,
     cost,
@@ -46,6 +48,7 @@ class Plan(NamedTuple):
     scale: float
     group: int
     head_dim: int
+    band: Band
     block: int  # queries of one grid step
     unroll: int
     heads: int  # heads whose scores are taken in one product
@@ -55,7 +58,12 @@ class Plan(NamedTuple):
     @property
     def back(self) -> int:
         """Key tiles looked back at."""
-        return -(-self.window // TILE)
+        return look_back(self.window) // TILE
+
+    @property
+    def blind(self) -> bool:
+        """Whether a query may see nothing."""
+        return self.segmented or self.band.blind(self.window)
 
     @property
     def span(self) -> int:
@@ -64,7 +72,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    length: int,
+    band: Band,
     group: int,
     head_dim: int,
     window: int,
@@ -76,7 +84,7 @@ def make_plan(
 ) -> Plan:
     back = -(-window // TILE)
     most = max(1, tiles.window_rows // group // TILE, back)
-    num_tiles = -(-length // TILE)
+    num_tiles = -(-band.queries // TILE)
     unroll = tiles.window_unroll_backward if backward else tiles.window_unroll
     if num_tiles <= most:
         size = ceil_to(num_tiles, unroll) if num_tiles >= 4 * unroll else num_tiles
@@ -87,12 +95,17 @@ def make_plan(
     while size % unroll:
         unroll //= 2
     heads = heads_at_once(group, _SCORES // (TILE * TILE * (back + 1)))
-    return Plan(window, scale, group, head_dim, size * TILE, unroll, heads, segmented, interpret)
+    return Plan(window, scale, group, head_dim, band, size * TILE, unroll, heads, segmented, interpret)
 
 
-def padding(plan: Plan, length: int) -> tuple[int, int]:
-    """(keys to put in front of the first, rows to put after the last of both queries and keys)."""
-    return plan.back * TILE, ceil_to(length, plan.block) - length
+def padding(plan: Plan) -> int:
+    """Rows to put after the last of both queries and keys."""
+    return ceil_to(plan.band.queries, plan.block) - plan.band.queries
+
+
+def look_back(window: int) -> int:
+    """Keys that are to stand before the queries' own."""
+    return -(-window // TILE) * TILE
 
 
 # A query tile's place in its folded scores. `axis` is where the queries stand: 0 forward (rows), 1 backward (lanes).
@@ -122,7 +135,9 @@ def _unfold(plan: Plan, x: Array, axis: int, own: Array, dtype: Any) -> Array:
     return jnp.concatenate(parts, keys).astype(dtype)
 
 
-def _mask(plan: Plan, tile: Array, axis: int, own: Array, segments: tuple[Array, Array] | None) -> Array:
+def _mask(
+    plan: Plan, offset: Array | int, tile: Array, axis: int, own: Array, segments: tuple[Array, Array] | None
+) -> Array:
     """bool, folded: which of a tile's scores live. `tile` is the query tile's number; segments are (column, row) of ids."""
     folded = plan.back * TILE
     shape = (TILE, folded) if axis == 0 else (folded, TILE)
@@ -130,7 +145,10 @@ def _mask(plan: Plan, tile: Array, axis: int, own: Array, segments: tuple[Array,
     key = jnp.where(
         at <= query, at, at - folded
     )  # from the first query of the tile; `at <= query` only in the folded tile
-    live = (query - key < plan.window) & (key + tile * TILE >= 0)
+    before = offset + tile * TILE  # keys before the tile's own
+    live = (query - key < plan.window) & (key >= -before)
+    if plan.band.past_end:
+        live &= key < plan.band.keys - before
     if segments is None:
         return live
     queries, keys = segments if axis == 0 else segments[::-1]
@@ -145,30 +163,34 @@ def _mask(plan: Plan, tile: Array, axis: int, own: Array, segments: tuple[Array,
     return live & (ids == queries)
 
 
-def _over_tiles(plan: Plan, block: Array, body: Any) -> None:
+def _over_tiles(plan: Plan, offset: Array | int, block: Array, body: Any) -> None:
     """Runs `body(at, masked)` for every query tile of the block, `unroll` of them side by side."""
     tiles = plan.block // TILE
     always = plan.segmented or plan.window % TILE != 0
+    never = isinstance(offset, int) and offset >= plan.window - 1 and not plan.band.past_end
 
     def side_by_side(step: Array, masked: bool) -> None:
         for j in range(plan.unroll):
             body(pl.multiple_of((step * plan.unroll + j) * TILE, TILE), masked)
 
     def step(index: Array, carry: None) -> None:
-        if always:
-            side_by_side(index, True)
+        if always or never:
+            side_by_side(index, always)
             return carry
-        # Only the first `back` tiles of the sequence look back past its start.
-        early = block * tiles + index * plan.unroll < plan.back
-        pl.when(early)(lambda: side_by_side(index, True))
-        pl.when(jnp.logical_not(early))(lambda: side_by_side(index, False))
+        # Only tiles that look back past the first key, or stand after the last one.
+        first = (block * tiles + index * plan.unroll) * TILE + offset
+        masked = first < plan.window - 1
+        if plan.band.past_end:
+            masked |= first + plan.unroll * TILE > plan.band.keys
+        pl.when(masked)(lambda: side_by_side(index, True))
+        pl.when(jnp.logical_not(masked))(lambda: side_by_side(index, False))
         return carry
 
     lax.fori_loop(0, tiles // plan.unroll, step, None)
 
 
 def _forward_kernel(plan: Plan, *refs: Any) -> None:
-    q, k, v, *segments, out, lse = refs
+    offset, (q, k, v, *segments, out, lse) = plan.band.take_offset(refs)
     block = pl.program_id(2)
 
     def tile(at: Array, masked: bool) -> None:
@@ -177,7 +199,7 @@ def _forward_kernel(plan: Plan, *refs: Any) -> None:
         mask = None
         if masked:
             ids = (segments[0][0, pl.ds(at, TILE)], segments[1][0, :, keys]) if segments else None
-            mask = repeat(_mask(plan, block * (plan.block // TILE) + at // TILE, 0, own, ids), plan.heads, 0)
+            mask = repeat(_mask(plan, offset, block * (plan.block // TILE) + at // TILE, 0, own, ids), plan.heads, 0)
         own = repeat(own, plan.heads, 0)
         peaks, totals = [], []
         for head in range(0, plan.group, plan.heads):
@@ -187,12 +209,12 @@ def _forward_kernel(plan: Plan, *refs: Any) -> None:
             if mask is not None:
                 scores = jnp.where(mask, scores, HIDDEN)
             peak = scores.max(1, keepdims=True)
-            if plan.segmented:
+            if plan.blind:
                 peak = jnp.maximum(peak, FLOOR)
             weights = jnp.exp2(scores - peak)
             total = weights.sum(1, keepdims=True)
             sums = dot(_unfold(plan, weights, 0, own, v.dtype), v[0, 0, keys], (1, 0))
-            safe = jnp.where(total == 0.0, 1.0, total) if plan.segmented else total
+            safe = jnp.where(total == 0.0, 1.0, total) if plan.blind else total
             tile_out = (sums * (1.0 / safe)).astype(out.dtype)
             out[0, 0, heads, pl.ds(at, TILE)] = tile_out.reshape(plan.heads, TILE, plan.head_dim)
             for h in range(0, plan.heads * TILE, TILE):
@@ -200,7 +222,7 @@ def _forward_kernel(plan: Plan, *refs: Any) -> None:
                 totals.append(total[h : h + TILE])
         lse[0, 0, :, pl.ds(at, TILE)] = log_sum_exp2(peaks, totals)
 
-    _over_tiles(plan, block, tile)
+    _over_tiles(plan, offset, block, tile)
 
 
 def _overlapping(plan: Plan, leading: int, axis: int, shape: tuple[int, ...], last: int | None = None) -> pl.BlockSpec:
@@ -228,26 +250,31 @@ def _row_block(plan: Plan, *, stats: bool = False, last: int | None = None) -> p
         return i if last is None else jnp.minimum(i, last)
 
     if stats:
-        return pl.BlockSpec((1, 1, plan.group, plan.block), lambda b, h, i: (b, h, 0, step(i)))
-    return pl.BlockSpec((1, 1, plan.group, plan.block, plan.head_dim), lambda b, h, i: (b, h, 0, step(i), 0))
+        return pl.BlockSpec((1, 1, plan.group, plan.block), lambda b, h, i, *_: (b, h, 0, step(i)))
+    return pl.BlockSpec((1, 1, plan.group, plan.block, plan.head_dim), lambda b, h, i, *_: (b, h, 0, step(i), 0))
 
 
-def forward(plan: Plan, q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None) -> tuple[Array, Array]:
+def forward(
+    plan: Plan, offsets: Array | None, q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None
+) -> tuple[Array, Array]:
     """Returns (out [B, K, G, T, D], base-2 lse float32 [B, K, G, T]).
 
-    q [B, K, G, T, D]; k, v [B, K, m * 128 + T, D]; segments (queries' int32 [B, T, 1], keys' int32 [B, 1, m * 128 + T]).
+    q [B, K, G, T, D]; k, v [B, K, m * 128 + T, D]; segments (queries' int32 [B, T, 1], keys' int32 [B, 1, m * 128 + T]);
+    offsets int32 [B] where the plan has none.
     """
     batch, kv_heads, group, length, _ = q.shape
     kv = _overlapping(plan, 2, 2, k.shape)
     in_specs, inputs = [_row_block(plan), kv, kv], [q, k, v]
     if segments is not None:
         in_specs += [
-            pl.BlockSpec((1, plan.block, 1), lambda b, h, i: (b, i, 0)),
+            pl.BlockSpec((1, plan.block, 1), lambda b, h, i, *_: (b, i, 0)),
             _overlapping(plan, 1, 2, (batch, 1, k.shape[2])),
         ]
         inputs += segments
-    return pl.pallas_call(
+    return plan.band.pallas_call(
         functools.partial(_forward_kernel, plan),
+        offsets,
+        inputs,
         grid=(batch, kv_heads, length // plan.block),
         in_specs=in_specs,
         out_specs=[_row_block(plan), _row_block(plan, stats=True)],
@@ -259,10 +286,11 @@ def forward(plan: Plan, q: Array, k: Array, v: Array, segments: tuple[Array, Arr
         cost_estimate=cost(batch * kv_heads * plan.group * length * plan.span, 2, plan.head_dim, inputs),
         interpret=plan.interpret,
         name="window_attention_forward",
-    )(*inputs)
+    )
 
 
 def _backward_kernel(plan: Plan, num_blocks: int, *refs: Any) -> None:
+    offset, refs = plan.band.take_offset(refs)
     q, d_out, lse, shift, k, v, *segments, d_q, d_k, d_v, carry_k, carry_v = refs
     block = pl.program_id(2)
 
@@ -277,7 +305,7 @@ def _backward_kernel(plan: Plan, num_blocks: int, *refs: Any) -> None:
         mask = None
         if masked:
             ids = (segments[1][0, keys], segments[0][0, :, queries]) if segments else None
-            mask = repeat(_mask(plan, block * (plan.block // TILE) + at // TILE, 1, own, ids), plan.heads, 1)
+            mask = repeat(_mask(plan, offset, block * (plan.block // TILE) + at // TILE, 1, own, ids), plan.heads, 1)
         own = repeat(own, plan.heads, 1)
         k_span, v_span = k[0, 0, keys], v[0, 0, keys]
         key_grads = value_grads = jnp.zeros((plan.span, plan.head_dim), jnp.float32)
@@ -305,7 +333,7 @@ def _backward_kernel(plan: Plan, num_blocks: int, *refs: Any) -> None:
 
     @pl.when(block < num_blocks)
     def _() -> None:
-        _over_tiles(plan, block, tile)
+        _over_tiles(plan, offset, block, tile)
 
     # One step past the end: the last key tiles have seen all their queries and are still in the carry.
     @pl.when(block == num_blocks)
@@ -326,6 +354,7 @@ def _hand_on(plan: Plan, carry: Any, grads: Array, out: Any, at: Array, scale: f
 
 def backward(
     plan: Plan,
+    offsets: Array | None,
     q: Array,
     d_out: Array,
     lse: Array,
@@ -337,7 +366,7 @@ def backward(
     """Returns (d_q [B, K, G, T, D], d_k and d_v [B, K, m * 128 + T, D], laid out as k).
 
     lse is base-2, +large where a query sees nothing; shift is `d_out . out - d_lse`; both float32 [B, K, G, T].
-    segments is (queries' int32 [B, 1, T], keys' int32 [B, m * 128 + T, 1]): the forward's, transposed.
+    segments is (queries' int32 [B, 1, T], keys' int32 [B, m * 128 + T, 1]): the forward's, transposed. offsets as there.
     """
     batch, kv_heads, _, length, _ = q.shape
     num_blocks = length // plan.block
@@ -347,17 +376,19 @@ def backward(
     in_specs, inputs = [rows, rows, stats, stats, kv, kv], [q, d_out, lse, shift, k, v]
     if segments is not None:
         in_specs += [
-            pl.BlockSpec((1, 1, plan.block), lambda b, h, i: (b, 0, jnp.minimum(i, last))),
+            pl.BlockSpec((1, 1, plan.block), lambda b, h, i, *_: (b, 0, jnp.minimum(i, last))),
             _overlapping(plan, 1, 1, (batch, k.shape[2], 1), last),
         ]
         inputs += segments
     # A key tile is complete `back` tiles after its own query tile, and is written there: the array comes out already padded
     # in front as k is. What the block of the extra step holds past the carry is never read.
-    kv_grads = pl.BlockSpec((1, 1, plan.block, plan.head_dim), lambda b, h, i: (b, h, i, 0))
+    kv_grads = pl.BlockSpec((1, 1, plan.block, plan.head_dim), lambda b, h, i, *_: (b, h, i, 0))
     kv_shape = jax.ShapeDtypeStruct((batch, kv_heads, length + plan.block, plan.head_dim), k.dtype)
     carry = pltpu.VMEM((plan.back * TILE, plan.head_dim), jnp.float32)
-    d_q, d_k, d_v = pl.pallas_call(
+    d_q, d_k, d_v = plan.band.pallas_call(
         functools.partial(_backward_kernel, plan, num_blocks),
+        offsets,
+        inputs,
         grid=(batch, kv_heads, num_blocks + 1),
         in_specs=in_specs,
         out_specs=[rows, kv_grads, kv_grads],
@@ -367,5 +398,5 @@ def backward(
         cost_estimate=cost(batch * kv_heads * plan.group * length * plan.span, 5, plan.head_dim, inputs),
         interpret=plan.interpret,
         name="window_attention_backward",
-    )(*inputs)
+    )
     return d_q, d_k[:, :, : k.shape[2]], d_v[:, :, : k.shape[2]]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels.attention import attention, choose_implementation, tpu, tuned
 
@@ -107,6 +109,97 @@ def test_segments(window):
         assert_agree(q, k, v, window=window, segment_ids=ids)
 
 
+def make_chunk(seed, num_queries, num_keys, batch=1):
+    """(q, k, v) of a call whose keys are not its queries', 2 heads on 1 kv head of 64."""
+    q, _, _ = make_inputs(seed, batch, num_queries, 2, 1, 64)
+    _, k, v = make_inputs(seed + 1, batch, num_keys, 2, 1, 64)
+    return q, k, v
+
+
+def poison_unseen(k, v, num_queries, offsets, window, ids):
+    """NaN in every key that no query of its row of the batch sees."""
+    at = np.asarray(offsets)[:, None] + np.arange(num_queries)
+    distance = at[:, :, None] - np.arange(k.shape[1])
+    sees = (distance >= 0) & (distance < (window or k.shape[1] + num_queries))
+    if ids is not None:
+        sees &= np.asarray(ids[0])[:, :, None] == np.asarray(ids[1])[:, None]
+    unseen = jnp.asarray(~sees.any(1))[:, :, None, None]
+    return jnp.where(unseen, jnp.nan, k), jnp.where(unseen, jnp.nan, v)
+
+
+def assert_chunk_agrees(seed, num_queries, num_keys, offsets, window, segmented, static):
+    """`offsets`: one a row of the batch, passed as an array, or as one int where `static`. Unseen keys are NaN."""
+    batch = len(offsets)
+    q, k, v = make_chunk(seed, num_queries, num_keys, batch)
+    ids = (make_segments(seed, batch, num_queries), make_segments(seed + 1, batch, num_keys)) if segmented else None
+    k, v = poison_unseen(k, v, num_queries, offsets, window, ids)
+    q_offset = offsets[0] if static else jnp.asarray(offsets, jnp.int32)
+    assert_agree(q, k, v, window=window, segment_ids=ids, q_offset=q_offset)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("window", [None, 100, 128, 200])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_chunk_against_a_buffer_of_keys(window, static):
+    """Cached prefill: several blocks and chunks of keys, and offsets that are no multiple of a tile."""
+    offsets = [413] if static else [413, 128]
+    assert_chunk_agrees(20, 200, 700, offsets, window, False, static)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("static", [False, True])
+def test_a_chunk_against_a_buffer_under_a_wide_window(monkeypatch, static):
+    """The window's edge, the diagonal and the end of the keys all cross tiles of the flash kernels."""
+    monkeypatch.setattr(tpu.tpu_window, "MAX_WINDOW", 0)
+    assert_chunk_agrees(21, 300, 900, [571] if static else [571, 700], 300, False, static)
+
+
+@pytest.mark.parametrize("window", [128, 100])
+def test_a_ring_prefill_is_one_pass(window):
+    """The engine's window layer: W - 1 keys before the chunk, some of which do not exist yet."""
+    before, length = window - 1, 200
+    q, k, v = make_chunk(22, length, before + length, batch=2)
+    missing = jnp.asarray([before, window // 3])[:, None]
+    ids = (jnp.ones((2, length), jnp.int32), (jnp.arange(before + length) >= missing).astype(jnp.int32))
+    assert_agree(q, k, v, window=window, segment_ids=ids, q_offset=before)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 2**16),
+    num_queries=st.sampled_from([1, 100, 128, 300]),
+    num_keys=st.sampled_from([1, 130, 256, 600]),
+    offsets=st.tuples(*[st.sampled_from([-400, -100, -1, 0, 1, 127, 128, 200, 555, 2**30])] * 2),
+    window=st.sampled_from([None, 1, 100, 128, 250]),
+    flash=st.booleans(),
+    segmented=st.booleans(),
+    static=st.booleans(),
+)
+def test_any_offset(seed, num_queries, num_keys, offsets, window, flash, segmented, static):
+    """Before every key, after all of them, across the ends; rows that see nothing give zeros."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu.tpu_window, "MAX_WINDOW", 0 if flash else 1024)
+        assert_chunk_agrees(
+            seed, num_queries, num_keys, offsets[:1] if static else offsets, window, segmented, static
+        )
+
+
+def test_one_program_serves_every_offset():
+    q, k, v = make_chunk(23, 130, 300)
+    traces = []
+
+    @jax.jit
+    def run(q, k, v, q_offset):
+        traces.append(1)
+        return attention(q, k, v, q_offset=q_offset, window=128, implementation="tpu", interpret=True)
+
+    for offset in (0, 77, 170):
+        wanted = attention(q, k, v, q_offset=offset, window=128, implementation="reference")
+        np.testing.assert_allclose(run(q, k, v, jnp.asarray([offset], jnp.int32)), wanted, atol=FP32_ERROR)
+    assert len(traces) == 1
+
+
 @pytest.mark.parametrize("window", [None, 128])
 def test_rows_that_see_nothing(window):
     q, k, v = make_inputs(9, 1, 270, 2, 1, 64)
@@ -155,19 +248,16 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_reference(window):
     ("change", "words"),
     [
         ({"causal": False}, "causal"),
-        ({"q_offset": 3}, "q_offset"),
-        ({"q_offset": jnp.zeros((1,), jnp.int32)}, "q_offset"),
         ({"dim": 96}, "head dimensions"),
         ({"dtype": jnp.float16}, "float16"),
         ({"heads": 40}, "query heads"),
-        ({"keys": 256}, "T=128, S=256"),
     ],
 )
 def test_refusals_name_the_reason(change, words):
-    shape = {"dim": 64, "heads": 2, "keys": 128, "dtype": jnp.float32} | change
+    shape = {"dim": 64, "heads": 2, "dtype": jnp.float32} | change
     q = jnp.zeros((1, 128, shape["heads"], shape["dim"]), shape["dtype"])
-    k = jnp.zeros((1, shape["keys"], 1, shape["dim"]), shape["dtype"])
-    call = {name: change[name] for name in ("causal", "q_offset") if name in change}
+    k = jnp.zeros((1, 128, 1, shape["dim"]), shape["dtype"])
+    call = {name: change[name] for name in ("causal",) if name in change}
     with pytest.raises(NotImplementedError, match=words):
         attention(q, k, k, implementation="tpu", interpret=True, **call)
 
