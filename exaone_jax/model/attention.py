@@ -180,4 +180,4 @@ class Attention(nnx.Module):
         if self.spec.rope:
             q, k = rotate(q, rotation), rotate(k, rotation)
         out = attend(q, k, v, self.spec.window)
-        return self.o_proj(out.reshape(*x.shape[:2], -1))
+        return attend.placement.contract(out.reshape(*x.shape[:2], -1), self.o_proj.weight[...], "heads")

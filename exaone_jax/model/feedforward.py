@@ -33,4 +33,4 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, placement: Placement) -> jax.Array:
         weights = (self.gate_proj.weight[...], self.up_proj.weight[...])
         gate, up = placement.project(x, weights, ("mlp", "mlp"))
-        return self.down_proj(swiglu(gate, up, self.limit))
+        return placement.contract(swiglu(gate, up, self.limit), self.down_proj.weight[...], "mlp")

@@ -86,24 +86,7 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _rows_first(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return _rounded(x, weight, 1)
-
-
-def _rounded(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
-    """x's last axis with that one of weight, in x's dtype.
-
-    Accelerators round the sum as it leaves the unit that accumulates it: where the axis is split over devices, it is their
-    rounded sums that travel, at half the bytes. XLA:CPU multiplies bfloat16 well only into float32.
-    """
-    x_axes, weight_axes = (x.ndim - 1,), (axis,)
-    if x.dtype == jnp.float32:
-        return _contract(x, weight, x_axes, weight_axes)
-    return jax.lax.platform_dependent(
-        x,
-        weight,
-        cpu=lambda x, weight: _contract(x, weight, x_axes, weight_axes).astype(x.dtype),
-        default=lambda x, weight: _contract(x, weight, x_axes, weight_axes, x.dtype),
-    )
+    return _contract(x, weight, (x.ndim - 1,), (1,)).astype(x.dtype)
 
 
 def _weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -123,7 +106,7 @@ def _dot_fwd(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 
 def _dot_bwd(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
-    dx = _rounded(grad, weight.astype(x.dtype), 0)
+    dx = _contract(grad, weight.astype(x.dtype), (grad.ndim - 1,), (0,)).astype(x.dtype)
     dweight = jax.lax.platform_dependent(x, grad, cpu=_outer_on_cpu, default=_outer)
     return dx, dweight.astype(weight.dtype)
 
@@ -143,6 +126,20 @@ def _outer_on_cpu(x: jax.Array, grad: jax.Array) -> jax.Array:
 
 
 dot.defvjp(_dot_fwd, _dot_bwd)
+
+
+@jax.custom_vjp
+def dot_rounding_parts(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """As `dot`, but where the summed axis is split over devices each rounds its part of a sum to x's dtype before the parts
+    travel and add up: half the bytes in bfloat16."""
+    return _contract(x, weight.astype(x.dtype), (x.ndim - 1,), (1,), x.dtype)
+
+
+def _dot_rounding_parts_fwd(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return dot_rounding_parts(x, weight), (x, weight)
+
+
+dot_rounding_parts.defvjp(_dot_rounding_parts_fwd, _dot_bwd)
 
 
 class Linear(nnx.Module):

@@ -66,6 +66,10 @@ class Placement(Protocol):
         """`dot(x, weight)` for each of several weights `[out, in]`, of which each out is a logical axis."""
         ...
 
+    def contract(self, x: jax.Array, weight: jax.Array, axis: str) -> jax.Array:
+        """`dot(x, weight)` for a weight `[out, in]` of which `in` is a logical axis."""
+        ...
+
     def answer(self, experts: "Experts", x: jax.Array, routing: "Routing") -> jax.Array:
         """The weighted answers of each token's experts: x `[B, T, D]`, routing `[B, T, ...]` -> `[B, T, D]`."""
         ...
@@ -107,6 +111,9 @@ class OneDevice:
 
     def project(self, x: jax.Array, weights: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
         return tuple(dot(x, weight) for weight in weights)
+
+    def contract(self, x: jax.Array, weight: jax.Array, axis: str) -> jax.Array:
+        return dot(x, weight)
 
     def answer(self, experts: "Experts", x: jax.Array, routing: "Routing") -> jax.Array:
         tokens, routing = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, routing))

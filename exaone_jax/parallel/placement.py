@@ -16,7 +16,7 @@ from exaone_jax.config.model import ModelConfig
 from exaone_jax.errors import ConfigError
 from exaone_jax.model import Transformer
 from exaone_jax.model.cache import CACHE_AXES, LayerKV
-from exaone_jax.model.linear import Axes
+from exaone_jax.model.linear import Axes, dot, dot_rounding_parts
 from exaone_jax.model.moe import Experts, ExpertWeights, Routing
 from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE, CachedAttention, T
 from exaone_jax.parallel.context import context_attention
@@ -118,27 +118,30 @@ class MeshPlacement:
         split = [self._split(size, axis) for size, axis in zip(each[0].shape[:2], ACTIVATIONS[:2], strict=True)]
         tokens = PartitionSpec(*(axes or None for axes in split))
         # Over the other axes the compiler splits `run` itself: a vocabulary stays in its parts.
-        names = {axis for axes in split for axis in axes}
-        shared = [array for array, _ in whole]
+        names = tuple(axis for axes in split for axis in axes)
         if not names:
-            return run(*each, *shared)
-        parts = [self._parts(array.shape, axes, names) for array, axes in whole]
-        specs = (PartitionSpec(*(None,) * p.dim, p.axes) if p.axes else PartitionSpec() for p in parts)
+            return run(*each, *(array for array, _ in whole))
+        copies = (self._copies(array, axes, names, each[0].dtype) for array, axes in whole)
 
         def local(*arrays: jax.Array) -> T:
-            own, shared = arrays[: len(each)], arrays[len(each) :]
-            return run(
-                *own, *(gathered(x, p, own[0].dtype) if p.axes else x for x, p in zip(shared, parts, strict=True))
-            )
+            return run(*arrays[: len(each)], *(copy[0] for copy in arrays[len(each) :]))
 
-        return self._map(local, (*(tokens,) * len(each), *specs), tokens, names)(*each, *shared)
+        specs = (*(tokens,) * len(each), *(PartitionSpec(names),) * len(whole))
+        return self._map(local, specs, tokens, set(names))(*each, *copies)
 
-    def _parts(self, shape: tuple[int, ...], axes: Axes, names: set[str]) -> Parts:
-        """The dimension of a parameter that these mesh axes split, the first of them if there are more."""
-        for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
-            if (split := self._split(size, axis)) and names.issuperset(split):
-                return Parts(split, dim)
-        return Parts((), 0)
+    def _copies(self, weight: jax.Array, axes: Axes, names: tuple[str, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+        """One copy of a parameter `[devices, ...]` for each device along the mesh axes `names`, put together from what these
+        split of it. Made by itself: where the compiler has a part in splitting, it undoes that around a collective."""
+        splits = [self._split(size, axis) for size, axis in zip(weight.shape, axes, strict=True)]
+        parts = [Parts(split, dim) for dim, split in enumerate(splits) if set(names).intersection(split)]
+        kept = (None if set(names).intersection(split) else split or None for split in splits)
+
+        def run(weight: jax.Array) -> jax.Array:
+            for part in parts:
+                weight = gathered(weight, part, dtype)
+            return weight[None]
+
+        return self._map(run, (self.spec(weight.shape, axes),), PartitionSpec(names, *kept))(weight)
 
     def project(self, x: jax.Array, weights: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
         """Each device has columns of every product, and the gradients of x add up before they travel: one sum for all."""
@@ -154,6 +157,9 @@ class MeshPlacement:
         columns = PartitionSpec(*(None,) * (x.ndim - 1), split)
         specs = (PartitionSpec(split),) * (1 + len(weights))
         return self._map(run, specs, (columns,) * len(weights), set(split))(copies, *weights)
+
+    def contract(self, x: jax.Array, weight: jax.Array, axis: str) -> jax.Array:
+        return dot_rounding_parts(x, weight) if self._split(weight.shape[1], axis) else dot(x, weight)
 
     def answer(self, experts: Experts, x: jax.Array, routing: Routing) -> jax.Array:
         axis = _only(self._split(len(experts.gate_proj[...]), "experts"), "experts")

@@ -21,7 +21,8 @@ def least_bytes(config: ModelConfig, work: Workload, inputs: StepInputs) -> dict
     """By kind of collective; bytes that one device sends over rings (all-gather: (n-1)/n of the result; all-reduce twice).
 
     Weights split over fsdp are gathered in the dtype they multiply in, in training once forward and once backward;
-    gradients are summed in float32. Tokens go to their experts evenly. A recomputed layer sends nothing again.
+    gradients are summed in float32. Tokens go to their experts evenly. Of a recomputed layer only what its backward pass
+    cannot do without is sent again: the sums over `tensor` that go into its feed-forward part and into a norm after it.
     """
     mesh, passes = inputs.placement.mesh, 2 if work.mode == "train" else 1
     sent: Counter[str] = Counter()
@@ -32,7 +33,8 @@ def least_bytes(config: ModelConfig, work: Workload, inputs: StepInputs) -> dict
     rows = work.itemsize * tokens * config.hidden_size
     mtp = [config.mtp_layer] if work.mode == "train" and config.mtp_layer is not None else []
     for layer in (*config.layers, *mtp):
-        sent["all-reduce"] += passes * 2 * _all_reduce(rows, mesh.shape["tensor"])
+        again = (2 if layer.norm == "post" else 1) if work.remat in ("full", "offload") else 0
+        sent["all-reduce"] += (passes * 2 + again) * _all_reduce(rows, mesh.shape["tensor"])
         if layer.moe and config.moe is not None:
             _experts(rows, config.moe.num_experts_per_tok, mesh.shape["expert"], passes, sent)
         if work.mode == "train":

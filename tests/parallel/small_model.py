@@ -31,14 +31,17 @@ CONFIG = ModelConfig(
 
 
 @cache
-def one_device() -> Transformer:
-    return Transformer(CONFIG, rngs=nnx.Rngs(0))
+def one_device(dtype: str = "float32") -> Transformer:
+    """Computing in dtype over float32 weights."""
+    return Transformer(CONFIG, dtype=dtype, param_dtype="float32", rngs=nnx.Rngs(0))
 
 
-def on_mesh(shape: str) -> Transformer:
+def on_mesh(shape: str, dtype: str = "float32") -> Transformer:
     """The same weights on a mesh of all eight devices."""
     mesh = make_mesh(MeshShape.parse(shape))
-    placed = nnx.eval_shape(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0), placement=place(CONFIG, mesh)))
+    placed = nnx.eval_shape(
+        lambda: Transformer(CONFIG, dtype=dtype, param_dtype="float32", rngs=nnx.Rngs(0), placement=place(CONFIG, mesh))
+    )
     graphdef, abstract = nnx.split(placed)
     shardings = parameter_shardings(abstract, mesh)
     values = [

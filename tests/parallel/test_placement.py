@@ -61,7 +61,23 @@ def test_training_is_that_of_one_device(shape: str):
     for path, expected in grads.items():
         # float32 sums in another order: errors grow with the largest gradient of the array.
         error = np.abs(placed_grads[path] - expected).max()
-        assert error <= 2e-5 * np.abs(expected).max() + 1e-8, (path, error, np.abs(expected).max())
+        assert error <= 1e-5 * np.abs(expected).max() + 1e-8, (path, error, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", ["fsdp=2,expert=2,tensor=2", "data=2,context=4"])
+def test_training_in_bfloat16(shape: str):
+    """As near to float32 as one device in bfloat16 is. (XLA:CPU dies of a sum in bfloat16 over some axes of a `shard_map` that
+    leaves others to the compiler: the program has none.)"""
+    batch = rows(BATCH, LENGTH)
+    exact, grads = loss_and_gradients(one_device(), batch)
+
+    def error(model) -> float:
+        metrics, found = loss_and_gradients(model, batch)
+        np.testing.assert_allclose(metrics.objective, exact.objective, rtol=2e-3)  # of 8 bits, over hundreds of tokens
+        return math.sqrt(sum(np.square(found[path] - grads[path]).sum() for path in grads))
+
+    # Both round alike, not the same; tokens whose experts are nearly tied go one way or the other.
+    assert error(on_mesh(shape, "bfloat16")) < 1.5 * error(one_device("bfloat16"))
 
 
 @pytest.mark.parametrize("shape", ["fsdp=2,expert=2,tensor=2", "expert=8", "data=2,context=4"])
@@ -112,6 +128,22 @@ def test_fsdp_gathers_weights_and_no_activations():
     assert 0 < max(map(math.prod, found["all-gather"])) <= largest
     assert found["all-gather"].count((CONFIG.vocab_size, CONFIG.hidden_size)) == 1  # the head
     assert all(math.prod(shape) <= 4 * 64 * CONFIG.hidden_size // 8 for shape in found["all-to-all"])
+
+
+def test_gradients_of_head_and_experts_are_scattered():
+    """Gathered once for each use at most, summed once, each device keeping its part; over tensor each has its part alone."""
+    found = collectives(on_mesh("fsdp=2,expert=2,tensor=2"), rows(BATCH, LENGTH))
+    vocab, size, moe = CONFIG.vocab_size // 2, CONFIG.hidden_size, CONFIG.moe
+    assert moe is not None
+    local, width = moe.num_experts // 2, moe.intermediate_size // 2
+    assert found["reduce-scatter"].count((vocab, size // 2)) == 2  # of the loss and of that of the MTP layer
+    assert 1 <= found["all-gather"].count((vocab, size)) <= 2
+    assert (2 * vocab, size) not in found["all-gather"]
+    sparse = sum(layer.moe for layer in CONFIG.layers)
+    assert found["reduce-scatter"].count((local, width, size // 2)) == 2 * sparse  # gate and up
+    assert found["reduce-scatter"].count((local, size // 2, width)) == sparse  # down
+    # Once forward and once backward; where memory is no matter the compiler keeps one for the other.
+    assert sparse <= found["all-gather"].count((local, size, width)) <= 2 * sparse
 
 
 def test_context_parallelism_gathers_keys_and_permutes_tails():
