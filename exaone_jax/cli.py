@@ -228,7 +228,9 @@ def plan(
         typer.Option(help="Tokens a row; training 8192, serving all that the model has.", show_default=False),
     ] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens a step of prefill.", show_default=False)] = None,
-    remat: Annotated[str, typer.Option(help="What training recomputes: none, dots, full or offload.")] = "full",
+    remat: Annotated[
+        str | None, typer.Option(help="What training recomputes: none, dots, full or offload; full if not given.")
+    ] = None,
     search: Annotated[
         bool, typer.Option("--search", help="Find the cheapest mesh, batch and remat that fit; what is given stays.")
     ] = False,

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from exaone_jax.config import ModelConfig, published, published_names, read_conf
 from exaone_jax.planning.chips import CHIPS, Chip, Topology, topologies
 from exaone_jax.planning.compile import Compiled
 from exaone_jax.planning.memory import Memory
-from exaone_jax.planning.plan import Plan, Target, gib
-from exaone_jax.planning.search import candidates, confirmed, least_memory, slices, state_bytes
+from exaone_jax.planning.plan import Plan, Target, gib, no_slice_holds
+from exaone_jax.planning.search import candidates, confirmed, least_memory, slices
 from exaone_jax.planning.workload import Workload, workload
 
 ROOT = Path(__file__).parents[1]
@@ -56,12 +57,17 @@ class Cell:
 
     @property
     def config(self) -> ModelConfig:
-        return read_config(published(self.model))
+        return _config(self.model)
 
     @property
     def work(self) -> Workload:
         mode, context = steps(self.config)[self.step]
         return workload(self.config, mode, 1 if mode == "train" else SERVED_ROWS, context)
+
+
+@cache
+def _config(model: str) -> ModelConfig:
+    return read_config(published(model))
 
 
 def steps(config: ModelConfig) -> dict[str, tuple[str, int]]:
@@ -71,11 +77,12 @@ def steps(config: ModelConfig) -> dict[str, tuple[str, int]]:
     return found | ({"train at 256K": ("train", LONG)} if longest >= LONG else {})
 
 
+@cache
 def models() -> dict[str, tuple[str, ...]]:
     """Published models that differ, and the names of those that share each one's configuration."""
     names: dict[ModelConfig, list[str]] = {}
     for name in published_names():
-        names.setdefault(read_config(published(name)), []).append(name)
+        names.setdefault(_config(name), []).append(name)
     return {same[0]: tuple(same) for same in names.values()}
 
 
@@ -87,7 +94,7 @@ def cells() -> list[Cell]:
         for step in order
         for model in models()
         for chip in TPUS
-        if step in steps(read_config(published(model)))
+        if step in steps(_config(model))
     ]
 
 
@@ -174,11 +181,9 @@ def _command(plan: Plan) -> list[str]:
 
 
 def _why_not(cell: Cell, chip: Chip, config: ModelConfig, work: Workload) -> str:
+    if reason := no_slice_holds(config, chip, work):
+        return reason
     largest = Topology(chip, topologies(chip)[-1])
-    have, state = largest.chips * chip.hbm_bytes, state_bytes(config, work)
-    what = "parameters, gradients and optimizer" if work.mode == "train" else "parameters, keys and values"
-    if state > have:
-        return f"{what} take {gib(state)}; {largest}, the largest slice, has {gib(have)}"
     works = candidates(work, None if work.mode == "train" else SERVED_ROWS)
     least = least_memory(cell.model, config, Target(chip, largest.devices, largest), works)
     if least is None:
@@ -224,22 +229,32 @@ KEPT = (
 )  # fmt: skip
 
 
-def fill(wanted: list[Cell], jobs: int, limit: float, again: bool, found: Callable[[Cell, float], Row] = find) -> None:
-    """Find the rows of cells, writing the file after each."""
-    rows, made = read(), made_with()
+def fill(
+    wanted: list[Cell],
+    jobs: int,
+    limit: float,
+    again: bool = False,
+    found: Callable[[Cell, float], Row] = find,
+    path: Path = DATA,
+) -> None:
+    """Find the rows of cells that are missing or of other code, or all of them again; the file is written after each."""
+    rows, made = read(path), made_with()
     missing = [cell for cell in wanted if again or not _same(rows.get(cell), made)]
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(found, cell, limit): cell for cell in missing}
-        for done, future in enumerate(as_completed(futures), 1):
-            cell, row = futures[future], future.result()
-            kept = {name: row[name] for name in KEPT if name in row}
-            key = {"model": cell.model, "chip": cell.chip, "step": cell.step}
-            rows[cell] = key | kept | made | {"date": time.strftime("%Y-%m-%d", time.gmtime())}
-            write(rows)
-            print(
-                f"{done}/{len(missing)} {cell.model} {cell.step} {cell.chip}: {row['topology'] or row['why']}",
-                flush=True,
-            )
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                cell, row = futures[future], future.result()
+                kept = {name: row[name] for name in KEPT if name in row}
+                key = {"model": cell.model, "chip": cell.chip, "step": cell.step}
+                rows[cell] = key | kept | made | {"date": time.strftime("%Y-%m-%d", time.gmtime())}
+                write(rows, path)
+                print(
+                    f"{done}/{len(missing)} {cell.model} {cell.step} {cell.chip}: {row['topology'] or row['why']}",
+                    flush=True,
+                )
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an end does not wait for what has not begun
 
 
 def _same(row: Row | None, made: Row) -> bool:
@@ -250,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=_list_of(models()), default=list(models()), metavar="NAME,…")
     parser.add_argument("--chips", type=_list_of(TPUS), default=list(TPUS), metavar="CHIP,…")
-    names = {step: None for model in models() for step in steps(read_config(published(model)))}
+    names = {step: None for model in models() for step in steps(_config(model))}
     parser.add_argument("--steps", type=_list_of(names), default=list(names), metavar="STEP,…")
     parser.add_argument("--again", action="store_true", help="also cells that are there, from this code")
     parser.add_argument("--jobs", type=int, default=2, help="compiles at once, each up to 6 GB")
@@ -305,7 +320,7 @@ def _overview(rows: dict[Cell, Row]) -> Iterator[str]:
     yield f"| | | {' | '.join(TPUS)} |"
     yield f"| --- | --- | {' | '.join('---' for _ in TPUS)} |"
     for model, same in models().items():
-        for step in steps(read_config(published(model))):
+        for step in steps(_config(model)):
             found = [_slice(rows.get(Cell(model, chip, step))) for chip in TPUS]
             yield f"| {', '.join(same)} | {step} | {' | '.join(found)} |"
 

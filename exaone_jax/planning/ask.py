@@ -20,7 +20,7 @@ from exaone_jax.planning.plan import (
     rows_of,
     target,
 )
-from exaone_jax.planning.search import candidates, confirmed, search
+from exaone_jax.planning.search import REMATS, candidates, confirmed, search
 from exaone_jax.planning.workload import workload
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Question:
     batch: int | None = None
     context: int | None = None
     chunk: int | None = None
-    remat: str = "full"
+    remat: str | None = None
     search: bool = False
     compiles: bool = True
 
@@ -64,15 +64,15 @@ def answer(model: str, question: Question) -> Answer:
     """Raises ConfigError where the question names what does not exist or does not go together."""
     name, config = _model(model)
     where = target(question.topology, question.chip, question.devices)
-    context = question.context or default_context(config, question.mode)
-    remat = None if question.remat == "none" else question.remat
+    context = default_context(config, question.mode) if question.context is None else question.context
     if question.search:
         return _searched(name, config, where, question, context)
     mesh = (
         default_mesh(config, question.mode, where.devices) if question.mesh is None else MeshShape.parse(question.mesh)
     )
     batch = rows_of(mesh, where.devices) if question.batch is None else question.batch
-    work = workload(config, question.mode, batch, context, question.chunk, remat)
+    remat = "full" if question.remat is None else question.remat
+    work = workload(config, question.mode, batch, context, question.chunk, None if remat == "none" else remat)
     plan = make_plan(name, config, where, mesh, work)
     return _judged(_compiled(plan, config, question), config)
 
@@ -95,11 +95,15 @@ def _searched(name: str, config: ModelConfig, where: Target, question: Question,
         raise ConfigError("search: needs a chip to fit, with --topology or --chip and --devices")
     if question.mesh is not None:
         raise ConfigError(f"search: finds the mesh, and --mesh {question.mesh} gives one; expected one of the two")
-    work = workload(config, question.mode, question.batch or 1, context, question.chunk)
-    plans = search(name, config, where, candidates(work, question.batch))
+    remat = None if question.remat == "none" else question.remat
+    batch = 1 if question.batch is None else question.batch
+    work = workload(config, question.mode, batch, context, question.chunk, remat)
+    remats = REMATS if question.remat is None else (work.remat,)
+    plans = search(name, config, where, candidates(work, question.batch, remats))
     if not plans:
         mesh = default_mesh(config, question.mode, where.devices)
-        batch = question.batch or rows_of(mesh, where.devices)
+        batch = rows_of(mesh, where.devices) if question.batch is None else batch
+        work = replace(work, remat="full") if question.remat is None and work.mode == "train" else work
         return _judged(make_plan(name, config, where, mesh, replace(work, batch=batch)), config)
     tried = confirmed(plans, lambda plan: _compiled(plan, config, question))
     return _judged(min(tried, key=lambda plan: (not plan.fits, plan.memory.total)), config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from exaone_jax.parallel import MESH_AXES, MeshShape
 from exaone_jax.planning.chips import CHIPS, Chip, Topology, chip_named, topologies
 from exaone_jax.planning.collectives import least_bytes
 from exaone_jax.planning.flops import StepFlops, step_flops
-from exaone_jax.planning.inputs import step_inputs
+from exaone_jax.planning.inputs import device_bytes, step_inputs
 from exaone_jax.planning.memory import Memory, abstract_mesh, estimate
 from exaone_jax.planning.roofline import Bound, bound, least_hbm_bytes
 from exaone_jax.planning.workload import Workload
@@ -185,8 +186,27 @@ def remedy(plan: Plan, config: ModelConfig) -> str:
         raise ValueError("a plan without a chip has no limit to exceed")
     over = plan.memory.total - plan.hbm_bytes
     words = f"does not fit: {gib(plan.memory.total)} of {gib(plan.hbm_bytes)} a device, {gib(over)} too much"
+    if reason := no_slice_holds(config, chip, plan.work):
+        return f"{words}; {reason}"
     found = next(filter(None, (attempt(plan, config) for attempt in (_smaller_batch, _other_mesh, _more_chips))), None)
     return f"{words}; {found or 'no mesh of up to 64 times as many chips was found that fits'}"
+
+
+def no_slice_holds(config: ModelConfig, chip: Chip, work: Workload) -> str | None:
+    """Why not even the largest slice of a TPU holds what a step keeps; None where one does, and for a GPU."""
+    if not chip.dimensions:
+        return None
+    largest = Topology(chip, topologies(chip)[-1])
+    have, need = largest.chips * chip.hbm_bytes, state_bytes(config, work)
+    kept = "parameters, gradients and optimizer" if work.mode == "train" else "parameters, keys and values"
+    return f"{kept} take {gib(need)} and {largest}, the largest slice, has {gib(have)}" if need > have else None
+
+
+def state_bytes(config: ModelConfig, work: Workload) -> int:
+    """What all devices together must hold at the least: parameters, gradients, optimizer, keys and values."""
+    inputs = step_inputs(config, work, abstract_mesh((1, 1, 1, 1, 1)))
+    gradients = inputs.params if work.mode == "train" else None
+    return device_bytes((inputs.params, inputs.router_biases, inputs.opt_state, gradients, inputs.kv))
 
 
 def _smaller_batch(plan: Plan, config: ModelConfig) -> str | None:
@@ -204,11 +224,8 @@ def _smaller_batch(plan: Plan, config: ModelConfig) -> str | None:
 def _other_mesh(plan: Plan, config: ModelConfig) -> str | None:
     from exaone_jax.planning.search import search
 
-    best = search(plan.model, config, plan.target, lambda _: [plan.work])
-    if not best:
-        return None
-    remat = f" --remat {best[0].work.remat or 'none'}" if best[0].work.remat != plan.work.remat else ""
-    return f"--mesh {best[0].mesh}{remat} would fit"
+    best = search(plan.model, config, plan.target, _same_work(plan))
+    return f"{_options(best[0], plan)} would fit" if best else None
 
 
 def _more_chips(plan: Plan, config: ModelConfig) -> str | None:
@@ -227,9 +244,29 @@ def _more_chips(plan: Plan, config: ModelConfig) -> str | None:
         if where.devices in tried:
             continue
         tried.add(where.devices)
-        if best := search(plan.model, config, where, lambda _: [plan.work]):
-            return f"{where} would fit with --mesh {best[0].mesh}"
+        if best := search(plan.model, config, where, _same_work(plan)):
+            return f"{where} would fit with {_options(best[0], plan)}"
     return None
+
+
+def _same_work(plan: Plan) -> Callable[[MeshShape], list[Workload]]:
+    """Also with all recomputed; where a mesh has more parts than the batch rows, a row for each."""
+
+    def works(mesh: MeshShape) -> list[Workload]:
+        if plan.work.mode != "train":
+            return [plan.work]
+        rows = max(plan.work.batch, mesh.data * mesh.fsdp * mesh.expert)
+        same = replace(plan.work, batch=rows)
+        return [same, replace(same, remat="full")]
+
+    return works
+
+
+def _options(found: Plan, plan: Plan) -> str:
+    """Of the command line, that make `found` of `plan`."""
+    batch = f" --batch {found.work.batch}" if found.work.batch != plan.work.batch else ""
+    remat = f" --remat {found.work.remat}" if found.work.remat != plan.work.remat else ""
+    return f"--mesh {found.mesh}{batch}{remat}"
 
 
 def gib(size: float) -> str:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from exaone_jax.config import ModelConfig
 from exaone_jax.errors import ConfigError
+from exaone_jax.model.stack import Remat
 from exaone_jax.parallel import MeshShape
 from exaone_jax.planning.chips import Chip, Topology, topologies
-from exaone_jax.planning.inputs import device_bytes, step_inputs
-from exaone_jax.planning.memory import abstract_mesh
-from exaone_jax.planning.plan import Plan, Target, make_plan
+from exaone_jax.planning.plan import Plan, Target, make_plan, state_bytes
 from exaone_jax.planning.workload import Workload
 
 # The estimate errs: a plan that fills more than this much of a device by arithmetic is not proposed.
 _MARGIN = 0.92
 _CONFIRM = 3  # plans that are compiled before a search gives up
 _TRAINING_ROWS = (1, 2, 4, 8)  # for each part of the batch
+REMATS: tuple[Remat, ...] = (None, "dots", "full")
 _SERVING_ROWS = (1, 4, 16, 64, 128, 256)  # over all devices
 
 Works = Callable[[MeshShape], Iterable[Workload]]
@@ -64,13 +65,6 @@ def slices(name: str, config: ModelConfig, chip: Chip, work: Workload, works: Wo
             yield plans
 
 
-def state_bytes(config: ModelConfig, work: Workload) -> int:
-    """What all devices together must hold at the least: parameters, gradients, optimizer, keys and values."""
-    inputs = step_inputs(config, work, abstract_mesh((1, 1, 1, 1, 1)))
-    gradients = inputs.params if work.mode == "train" else None
-    return device_bytes((inputs.params, inputs.router_biases, inputs.opt_state, gradients, inputs.kv))
-
-
 def confirmed(plans: Iterable[Plan], compiled: Callable[[Plan], Plan]) -> list[Plan]:
     """Plans as compiled, one after the other, up to the first that fits or `_CONFIRM` of them.
 
@@ -88,9 +82,9 @@ def confirmed(plans: Iterable[Plan], compiled: Callable[[Plan], Plan]) -> list[P
     return tried
 
 
-def candidates(work: Workload, batch: int | None) -> Works:
-    """On a mesh, some batches (of this size alone where one is given) and, in training, the remat policies."""
-    policies = (None, "dots", "full") if work.mode == "train" else (None,)
+def candidates(work: Workload, batch: int | None, remats: tuple[Remat, ...] = REMATS) -> Works:
+    """On a mesh, some batches (of this size alone where one is given) and, in training, these remat policies."""
+    policies = remats if work.mode == "train" else (None,)
 
     def of_mesh(mesh: MeshShape) -> list[Workload]:
         if batch is not None:
@@ -120,7 +114,8 @@ def meshes(config: ModelConfig, devices: int) -> Iterator[MeshShape]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _cost(plan: Plan) -> tuple[float, int]:

@@ -1,19 +1,23 @@
 """`exaone-jax plan`: arithmetic for any chip, the real step compiled for a TPU, and what is said where it cannot be."""
 
 import importlib.util
+import re
+from dataclasses import replace
+from itertools import islice
 
+import jax
 import pytest
 
 from exaone_jax.config import LayerSpec, ModelConfig
 from exaone_jax.errors import ConfigError
 from exaone_jax.parallel import MeshShape, make_mesh
 from exaone_jax.planning.chips import CHIPS, Topology, topologies
-from exaone_jax.planning.compile import compile_step
+from exaone_jax.planning.compile import Compiled, compile_step
 from exaone_jax.planning.flops import step_flops
-from exaone_jax.planning.inputs import step_inputs
+from exaone_jax.planning.inputs import device_bytes, step_inputs
 from exaone_jax.planning.memory import abstract_mesh, estimate
-from exaone_jax.planning.plan import Target, make_plan
-from exaone_jax.planning.search import search
+from exaone_jax.planning.plan import Plan, Target, make_plan, remedy, state_bytes
+from exaone_jax.planning.search import confirmed, search, slices
 from exaone_jax.planning.workload import Workload
 from tests.parallel.small_model import CONFIG as EVERY_LAYER
 from tests.test_cli import run_json
@@ -63,15 +67,16 @@ def test_what_each_remat_policy_computes_again():
 
     A short row has little attention, which both make again.
     """
-    devices = make_mesh(MeshShape(fsdp=8))
+    config = DENSE.model_copy(update={"layers": DENSE.layers[:1] * 2})
+    device = make_mesh(MeshShape(), jax.devices()[:1])
     flops = {}
     for remat in (None, "dots", "full"):
-        work = Workload("train", 16, 64, 64, remat, "float32")
-        compiled = compile_step(DENSE, work, devices, estimate(DENSE, work, step_inputs(DENSE, work, devices)))
+        work = Workload("train", 4, 64, 64, remat, "float32")
+        compiled = compile_step(config, work, device, estimate(config, work, step_inputs(config, work, device)))
         assert compiled.flops is not None
-        flops[remat] = 8 * compiled.flops
-    layers = step_flops(DENSE, work).forward.layers
-    down = 2 * 16 * 64 * DENSE.hidden_size * DENSE.intermediate_size * len(DENSE.layers)
+        flops[remat] = compiled.flops
+    layers = step_flops(config, work).forward.layers
+    down = 2 * work.tokens * config.hidden_size * config.intermediate_size * len(config.layers)
     assert 0.95 < (flops["full"] - flops[None]) / (layers - down) < 1.1
     assert (flops["dots"] - flops[None]) / layers < 0.1
 
@@ -112,7 +117,36 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(capsys: pytest.Captur
         capsys, "plan", "EXAONE-4.0-1.2B", "--chip", "v5e", "--devices", "4", "--batch", "64", "--remat", "none"
     )
     assert code == 1
-    assert "--batch " in out["shortfall"][0] or "--mesh" in out["shortfall"][0]
+    assert re.search(r"GiB too much; \S+ would fit with --mesh \S+ --remat full$", out["shortfall"][0])
+    code, out = run_json(
+        capsys, "plan", "EXAONE-4.0-1.2B", "--chip", "v5e", "--devices", "4", "--batch", "64", "--remat", "full"
+    )
+    assert code == 1
+    assert "GiB too much; --batch 16 would fit" in out["shortfall"][0]
+
+
+def test_what_cannot_fit_on_any_slice_says_so(capsys: pytest.CaptureFixture[str]):
+    code, out = run_json(capsys, "plan", "K-EXAONE-2.0-750B-A37B", "--topology", "v6e:16x16", "--no-compile")
+    assert (code, out["fits"]) == (1, False)
+    words = (
+        r"GiB too much; parameters, gradients and optimizer take 11,\S+ GiB and v6e:16x16, the largest slice, has 7,997"
+    )
+    assert re.search(words, out["shortfall"][0])
+
+
+def test_a_row_for_each_part_where_more_chips_are_needed(capsys: pytest.CaptureFixture[str]):
+    arguments = "EXAONE-4.0-32B --topology v5e:2x2 --mesh tensor=4 --batch 1 --context 512 --no-compile"
+    code, out = run_json(capsys, "plan", *arguments.split())
+    assert code == 1
+    assert re.search(r"v5e:\w+ would fit with --mesh \S+ --batch \d+", out["shortfall"][0])
+
+
+def test_a_search_keeps_what_is_given(capsys: pytest.CaptureFixture[str]):
+    arguments = "EXAONE-4.0-1.2B --chip h100 --devices 8 --search --context 4096"
+    code, out = run_json(capsys, "plan", *arguments.split(), "--remat", "full", "--batch", "8")
+    assert (code, out["remat"], out["batch"]) == (0, "full", 8)
+    code, out = run_json(capsys, "plan", *arguments.split(), "--batch", "8")
+    assert (code, out["remat"], out["batch"]) == (0, None, 8)  # eight H100s need not recompute eight rows
 
 
 @pytest.mark.parametrize(
@@ -125,7 +159,18 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(capsys: pytest.Captur
         ("EXAONE-4.0-1.2B --topology v5p:4x4x6", "each a multiple of 4"),
         ("EXAONE-4.0-1.2B --topology v6e:2x4 --chip v6e", "--topology with --chip"),
         ("EXAONE-4.0-1.2B --topology v6e:2x4 --mesh fsdp=4", "mesh fsdp=4: found 8 devices, expected 4"),
+        ("EXAONE-4.0-1.2B --topology v6e", "does not exist; v6e has v6e:2x2"),
+        ("EXAONE-4.0-1.2B --topology v6e:2x4 --mesh fsdp=8,fsdp=8", "mesh: found 'fsdp=8'"),
+        ("EXAONE-4.0-1.2B --topology v6e:2x4 --mesh fsdp=3,tensor=-1", "found 8 devices, expected 3 or a multiple"),
         ("EXAONE-4.0-1.2B --chip h100 --devices 0", "devices: found 0"),
+        ("EXAONE-4.0-1.2B --chip h100 --batch 0", "batch: found 0"),
+        ("EXAONE-4.0-1.2B --chip h100 --batch 0 --search", "batch: found 0"),
+        ("EXAONE-4.0-1.2B --chip h100 --context 0", "context: found 0, expected 1 to 65,536"),
+        ("EXAONE-4.0-1.2B --chip h100 --context 65537", "context: found 65,537, expected 1 to 65,536"),
+        ("EXAONE-4.0-1.2B --chip h100 --mode serve", "mode: found 'serve', expected one of train, prefill, decode"),
+        ("EXAONE-4.0-1.2B --chip h100 --remat all", "remat: found 'all', expected one of none, dots, full, offload"),
+        ("EXAONE-4.0-1.2B --chip h100 --mode decode --chunk 8", "chunk: found 8 in mode decode"),
+        ("EXAONE-4.0-1.2B --chip h100 --devices 3 --mesh context=3", "do not divide into context=3 parts"),
         ("EXAONE-4.0-1.2B --chip h100 --devices 8 --batch 12", "batch: found 12 rows, expected a multiple"),
         ("EXAONE-4.0-1.2B --search", "search: needs a chip"),
         ("EXAONE-4.0-1.2B --search --chip h100 --mesh fsdp=1", "search: finds the mesh"),
@@ -170,6 +215,100 @@ def test_a_plan_does_not_depend_on_devices_being_here():
     plan = make_plan("dense", DENSE, Target(CHIPS["v5p"], 64), MeshShape(fsdp=64), work)
     again = estimate(DENSE, work, step_inputs(DENSE, work, abstract_mesh((1, 64, 1, 1, 1))))
     assert plan.memory == again
+
+
+REFUSALS = {
+    "libtpu 0.0.48.1": (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (40.00G) exceeds "
+        "available HBM (15.75G). HLO module: jit__serve.",
+        40 * 2**30,
+    ),
+    "libtpu 0.0.50.1": (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (1.41T) exceeds available HBM (15.75G). HLO module: jit__serve.\nSee "
+        "https://openxla.org/xla/errors/error_1000 for more details.",
+        round(1.41 * 2**40),
+    ),
+    "libtpu 0.0.41": (
+        "RESOURCE_EXHAUSTED: Allocation (size=20132659200) would exceed memory (size=17179869184) :: %s0 = "
+        "inlined_call_operand.hbm [shape: bf16[30,40,2,65536,64], index: 0, kind: input, shape index: {}] /* operand 0 */ "
+        ":: copy.28",
+        20132659200,
+    ),
+}
+
+
+@pytest.mark.parametrize("version", REFUSALS)
+def test_what_a_compiler_that_refuses_asked_for(monkeypatch: pytest.MonkeyPatch, version: str):
+    message, asked = REFUSALS[version]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    work = Workload("decode", 8, 4096, 1, None, "float32")
+    plan = make_plan("dense", DENSE, Target(CHIPS["v5e"], 8), MeshShape(data=8), work)
+    compiled = compile_step(DENSE, work, make_mesh(MeshShape(data=8)), plan.estimated)
+    assert compiled.memory.total == asked
+    assert (compiled.memory.parameters, compiled.memory.kv) == (plan.estimated.parameters, plan.estimated.kv)
+    assert compiled.flops is None
+    refused = replace(plan, compiled=compiled)
+    assert refused.fits is False
+    assert re.fullmatch(r"does not fit: .* GiB too much; .*", remedy(refused, DENSE))
+    assert "the compiler refused: RESOURCE_EXHAUSTED" in refused.to_dict()["notes"][0]
+
+
+def test_another_error_of_the_compiler_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile TPU kernel")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    work = Workload("decode", 8, 4096, 1, None, "float32")
+    devices = make_mesh(MeshShape(data=8))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic failed"):
+        compile_step(DENSE, work, devices, estimate(DENSE, work, step_inputs(DENSE, work, devices)))
+
+
+def test_a_refusal_passes_over_plans_that_the_same_error_would_fill():
+    works = [Workload("train", rows, 4096, 4096, remat) for rows in (8, 64, 512) for remat in (None, "full")]
+    plans = search("dense", DENSE, Target(CHIPS["h100"], 8), lambda _: works)
+    limit = CHIPS["h100"].hbm_bytes
+    times = 1.5 * limit / plans[0].estimated.total
+
+    def compiled(plan: Plan) -> Plan:
+        """A compiler that asks for so many times the estimate that the first plan is half too large."""
+        more = round((times - 1) * plan.estimated.total)
+        memory = replace(plan.estimated, temporaries=plan.estimated.temporaries + more)
+        return replace(plan, compiled=Compiled(memory, None, {}, {}, 0.0, ()))
+
+    tried = confirmed(plans, compiled)
+    assert [plan.fits for plan in tried] == [False, True]
+    assert tried[1].estimated.total <= tried[0].estimated.total / 1.5
+    passed_over = plans[1 : next(place for place, plan in enumerate(plans) if plan.estimated is tried[1].estimated)]
+    assert all(times * plan.estimated.total > limit for plan in passed_over)
+
+
+def test_slices_smallest_first():
+    work = Workload("train", 64, 4096, 4096, None)
+    model = DENSE.model_copy(update={"hidden_size": 16384, "intermediate_size": 65536})
+    found = list(islice(slices("large", model, CHIPS["v5e"], work, lambda _: [replace(work, remat="full")]), 2))
+    first, second = (plans[0].target.topology for plans in found)
+    assert first is not None and second is not None and first.chips < second.chips
+    least = state_bytes(model, work)
+    params = step_inputs(model, work, abstract_mesh((1, 1, 1, 1, 1))).params
+    assert 4 * device_bytes(params) <= least < 4 * device_bytes(params) + 1000  # and the optimizer's counter
+    assert all(least <= topology.chips * CHIPS["v5e"].hbm_bytes for topology in (first, second))
+
+
+@pytest.mark.slow
+@WITH_LIBTPU
+def test_the_compiler_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]):
+    arguments = "EXAONE-4.0-1.2B --topology v5e:2x2 --mesh tensor=4 --mode decode --batch 40"
+    code, out = run_json(capsys, "plan", *arguments.split())
+    assert (code, out["fits"], out["compiled_flops"]) == (1, False, None)
+    assert out["bytes_per_chip"]["total"] > out["hbm_bytes_per_chip"]
+    assert "would fit" in out["shortfall"][0]
+    assert "the compiler refused" in out["notes"][0]
 
 
 @pytest.mark.slow
