@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _REASONING, _ANSWER = "--- reasoning", "--- answer"
 EXIT_CHECK_FAILED, EXIT_INPUT, EXIT_STORAGE, EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 3, 70, 130, 141
+EXIT_STOPPED = 75  # sysexits' "try again": a run that was asked to stop, and did with its step saved
 
 app = typer.Typer(
     name="exaone-jax",
@@ -254,6 +255,39 @@ def plan(
             _say(line)
     if found.shortfall:
         raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, as configs/train/tiny.yaml.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="As steps=100 or optimizer.learning_rate=3e-4.", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compile a step and print the memory it takes; train and write nothing.")
+    ] = False,
+    strict_resume: Annotated[
+        bool, typer.Option("--strict-resume", help="Refuse to go on where the latest saved step is damaged.")
+    ] = False,
+) -> None:
+    """Train, or go on where a run was stopped.
+
+    Exit codes: 1 a loss that is not finite, or devices that disagree; 75 stopped by SIGTERM or SIGINT with the step saved; 76 a
+    step that hung.
+    """
+    from exaone_jax.config.run import read_run
+
+    run = read_run(config, overrides or ())
+    from exaone_jax.training import loop
+
+    if dry_run:
+        for name, size in loop.dry_run(run).items():
+            _print(f"{name:12} {size / 2**30:8.3f} GiB a device")
+    elif loop.train(run, strict_resume=strict_resume).stopped:
+        raise typer.Exit(EXIT_STOPPED)
 
 
 Source = Annotated[Path, typer.Argument(help="The checkpoint to read.", show_default=False)]

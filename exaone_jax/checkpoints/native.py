@@ -113,7 +113,7 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return (rows_per_chunk(shape, itemsize), *shape[1:]) if shape else ()
 
 
-def _array_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str) -> dict[str, Any]:
+def array_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str) -> dict[str, Any]:
     return {
         "shape": list(shape),
         "data_type": _ZARR_DTYPE[dtype],
@@ -134,7 +134,7 @@ def _open_array(folder: Path, context: ts.Context, metadata: dict[str, Any] | No
     return ts.open(spec, create=True, context=context).result()
 
 
-def _orbax_metadata(paths: Iterable[tuple[ParameterPath, tuple[int, ...]]]) -> dict[str, Any]:
+def orbax_metadata(paths: Iterable[tuple[ParameterPath, tuple[int, ...]]]) -> dict[str, Any]:
     """`_METADATA` of an Orbax PyTree checkpoint (use_ocdbt false, use_zarr3 true)."""
     tree = {}
     for path, shape in paths:
@@ -153,7 +153,7 @@ def _orbax_metadata(paths: Iterable[tuple[ParameterPath, tuple[int, ...]]]) -> d
     }
 
 
-def _orbax_checkpoint_metadata() -> dict[str, Any]:
+def orbax_checkpoint_metadata() -> dict[str, Any]:
     handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
     now = time.time_ns()
     return {
@@ -196,14 +196,14 @@ class NativeWriter:
         name = path_name(parameter.path)
         dtype, first = self.manifest.dtypes[name], parameter.tensors[0]
         chunk = (*(1 for _ in parameter.stacked), *chunk_shape(first.shape, DTYPE_BITS[dtype] // 8))
-        metadata = _array_metadata(parameter.shape, chunk, dtype)
+        metadata = array_metadata(parameter.shape, chunk, dtype)
         self._arrays[name] = _open_array(self.root / PARAMS / name, self._context, metadata)
 
     def _create_carried(self, name: str, info: TensorInfo) -> None:
         if not info.nbytes:
             return
         chunk = chunk_shape(info.shape, DTYPE_BITS[info.dtype] // 8)
-        metadata = _array_metadata(info.shape, chunk, info.dtype)
+        metadata = array_metadata(info.shape, chunk, info.dtype)
         self._arrays[name] = _open_array(self.root / CARRIED_FOLDER / name, self._context, metadata)
 
     def write_rows(self, name: str, begin: int, end: int, bits: Bits) -> None:
@@ -223,8 +223,8 @@ class NativeWriter:
         """Write Orbax's metadata, the source layout and, last, the manifest."""
         shapes = [(path, parameter.shape) for path, parameter in parameters(self.manifest.config).items()]
         params = self.root / PARAMS
-        write_new(params / "_METADATA", json.dumps(_orbax_metadata(shapes)).encode())
-        write_new(params / "_CHECKPOINT_METADATA", json.dumps(_orbax_checkpoint_metadata()).encode())
+        write_new(params / "_METADATA", json.dumps(orbax_metadata(shapes)).encode())
+        write_new(params / "_CHECKPOINT_METADATA", json.dumps(orbax_checkpoint_metadata()).encode())
         write_new(params / "commit_success.txt", b"")
         if self.manifest.source is not None:
             for number, file in enumerate(self.manifest.source.files):

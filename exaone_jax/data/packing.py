@@ -16,10 +16,12 @@ class PackedRows(NamedTuple):
 
     tokens: int32 `[N, T]`.
     segment_ids: int32 `[N, T]`, 1, 2, … for the documents of a row in their order, each in one run; 0 is padding, last.
+    loss_mask: bool `[N, T]`, which tokens are to be predicted; None: all.
     """
 
     tokens: Array
     segment_ids: Array
+    loss_mask: Array | None = None
 
 
 def pack(documents: Iterable[np.ndarray], length: int, pad_id: int) -> PackedRows:

@@ -1,6 +1,7 @@
 """What training minimises: next-token loss, multi-token-prediction loss, balance loss of the routers."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -35,10 +36,6 @@ class TokenLoss(NamedTuple):
     total: jax.Array
     tokens: jax.Array
 
-    @property
-    def mean(self) -> jax.Array:
-        return self.total / jnp.maximum(self.tokens, 1.0)
-
 
 class LossMetrics(NamedTuple):
     """float32 scalars, in nats a token where they are token losses.
@@ -64,10 +61,31 @@ class Targets(NamedTuple):
 
 
 def targets(batch: PackedRows, ahead: int) -> Targets:
-    """The token `ahead` places after each position. It counts where both are of one document and neither is padding."""
+    """The token `ahead` places after each position. It counts where both are of one document, neither is padding, and the
+    batch's loss_mask asks for it."""
     tokens, ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
-    labels, label_ids = (jnp.pad(x[:, ahead:], ((0, 0), (0, min(ahead, x.shape[1])))) for x in (tokens, ids))
-    return Targets(labels, (ids == label_ids) & (ids != 0))
+
+    def shifted(x: jax.Array) -> jax.Array:
+        return jnp.pad(x[..., ahead:], (*[(0, 0)] * (x.ndim - 1), (0, min(ahead, x.shape[-1]))))
+
+    counts = (ids == shifted(ids)) & (ids != 0)
+    if batch.loss_mask is not None:
+        counts &= shifted(jnp.asarray(batch.loss_mask))
+    return Targets(shifted(tokens), counts)
+
+
+class Whole(NamedTuple):
+    """Of a whole batch, whose parts are computed one after the other: predicted tokens of both losses, and rows; float32."""
+
+    tokens: jax.Array
+    mtp_tokens: jax.Array
+    rows: float
+
+
+def whole(batch: PackedRows) -> Whole:
+    """Of a batch `[..., T]`."""
+    counts = (jnp.sum(targets(batch, ahead).mask, dtype=jnp.float32) for ahead in (1, 2))
+    return Whole(*counts, rows=float(math.prod(batch.tokens.shape[:-1])))
 
 
 def token_loss(model: Transformer, hidden: jax.Array, to: Targets, z_loss: float = 0.0) -> TokenLoss:
@@ -107,22 +125,28 @@ def has_mtp_loss(model: Transformer, config: LossConfig) -> bool:
 
 
 def total_loss(
-    model: Transformer, batch: PackedRows, config: LossConfig
+    model: Transformer, batch: PackedRows, config: LossConfig, of: Whole | None = None
 ) -> tuple[jax.Array, tuple[LossMetrics, tuple[SegmentStats, ...]]]:
-    """The objective, a float32 scalar, for a batch `[B, T]`; with it the metrics and the routers' statistics."""
+    """The objective, a float32 scalar, for a batch `[B, T]`; with it the metrics and the routers' statistics.
+
+    With `of`, the batch is a part of that one: objective, metrics and statistics of all its parts add up to those of the
+    whole, as do gradients.
+    """
+    of = whole(batch) if of is None else of
     tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
     with_mtp = has_mtp_loss(model, config)
     hidden, stats = model.forward(tokens, segment_ids=segment_ids, remat=config.remat)
     main = token_loss(model, hidden, targets(batch, 1), config.z_loss)
-    objective, ahead, balance, load = main.mean, None, None, None
+    loss = main.total / jnp.maximum(of.tokens, 1.0)
+    objective, ahead, balance, load = loss, None, None, None
     if with_mtp:
-        ahead = mtp_loss(model, hidden, batch, config).mean
+        ahead = mtp_loss(model, hidden, batch, config).total / jnp.maximum(of.mtp_tokens, 1.0)
         objective = objective + config.mtp_weight * ahead
     if routers := by_layer(stats):
-        balance = jnp.sum(jnp.stack([router.balance_loss for router in routers]))
+        balance = jnp.sum(jnp.stack([router.balance_loss for router in routers])) * (len(tokens) / of.rows)
         load = jnp.stack([router.load for router in routers])
         objective = objective + config.balance_weight * balance
-    return objective, (LossMetrics(objective, main.mean, main.tokens, ahead, balance, load), stats)
+    return objective, (LossMetrics(objective, loss, main.tokens, ahead, balance, load), stats)
 
 
 def by_layer(stats: tuple[SegmentStats, ...]) -> list[RouterStats]:

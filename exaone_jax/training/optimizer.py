@@ -1,7 +1,7 @@
 """Optimizers over the model's parameters, and learning-rate schedules."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -91,6 +91,24 @@ def muon(
     rest = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
     update = optax.partition({"muon": matrices, "adamw": rest}, _labels)
     return Optimizer(optax.chain(optax.clip_by_global_norm(clip_norm), update), schedule)
+
+
+def frozen(optimizer: Optimizer, names: tuple[str, ...]) -> Optimizer:
+    """The optimizer for all parameters but those below a module of one of these names, which stay as they are."""
+
+    def labels(params: Tree) -> Tree:
+        def label(path: jax.tree_util.KeyPath, variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+            parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+            found = "frozen" if set(names).intersection(parts) else "trained"
+            return jax.tree.map(lambda _: found, variable)
+
+        return jax.tree_util.tree_map_with_path(label, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    parts: dict[Hashable, optax.GradientTransformation] = {
+        "trained": optimizer.transform,
+        "frozen": optax.set_to_zero(),
+    }
+    return Optimizer(optax.partition(parts, labels), optimizer.schedule)
 
 
 def decays(params: Tree) -> Tree:

@@ -24,29 +24,65 @@ from exaone_jax.training.loss import (
     targets,
     token_loss,
     total_loss,
+    whole,
 )
 from exaone_jax.training.optimizer import Optimizer
 
 Graph = nnx.GraphDef[Transformer]
 
 
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """What a step does about itself, on the device, where the state keeps a History.
+
+    stop: a loss or gradient that is not finite undoes its step and halts all that follow; else it is skipped.
+    sigma: skip a step whose loss or gradient norm is so many standard deviations above those remembered; None: no step.
+    """
+
+    stop: bool = True
+    sigma: float | None = None
+
+
+class History(NamedTuple):
+    """What a guarded run remembers: loss and grad_norm float32 `[W]` of the last W finite steps, in a ring; of int32 counts,
+    the finite steps seen, the steps skipped, and halted, 1 from a step that was not finite on."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    seen: jax.Array
+    skipped: jax.Array
+    halted: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. params and router_biases are states of the model; step int32, steps taken so far."""
+    """All that a step changes. params and router_biases are states of the model; step int32, steps taken so far.
+
+    ema: an average of the parameters, None where none is kept. history: None where steps are not guarded.
+    """
 
     params: nnx.State
     router_biases: nnx.State
     opt_state: optax.OptState
     step: jax.Array
+    ema: nnx.State | None = None
+    history: History | None = None
 
 
 class StepMetrics(NamedTuple):
-    """loss: LossMetrics. grad_norm: of the gradients before clipping. learning_rate: of this step. float32 scalars."""
+    """loss: LossMetrics. grad_norm: of the gradients before clipping. learning_rate: of this step. float32 scalars.
+
+    skipped: whether the step changed nothing but the counts. halted: whether this or an earlier step was not finite and
+    the guard stops. asked: bool `[K]`, which of the K questions any device was told to answer with yes; None: none were put.
+    """
 
     loss: LossMetrics
     grad_norm: jax.Array
     learning_rate: jax.Array
+    skipped: jax.Array
+    halted: jax.Array
+    asked: jax.Array | None = None
 
 
 class Evaluation(NamedTuple):
@@ -57,13 +93,26 @@ class Evaluation(NamedTuple):
     mtp_loss: float | None
 
 
-def init_state(model: Transformer, optimizer: Optimizer) -> tuple[Graph, TrainState]:
+def init_state(
+    model: Transformer, optimizer: Optimizer, *, ema: bool = False, window: int | None = None
+) -> tuple[Graph, TrainState]:
     """The graph of `model`, static from here on, and the state of a run at step 0.
 
     The state holds the model's own arrays, which the first `train_step` takes over: do not use `model` after it.
+    ema: keep an average of the parameters. window: steps that a guard remembers; None: no guard.
     """
     graphdef, params, router_biases = nnx.split(model, nnx.Param, RouterBias)
-    return graphdef, TrainState(params, router_biases, optimizer.transform.init(params), jnp.zeros((), jnp.int32))
+    return graphdef, fresh_state(params, router_biases, optimizer, ema=ema, window=window)
+
+
+def fresh_state(
+    params: nnx.State, router_biases: nnx.State, optimizer: Optimizer, *, ema: bool = False, window: int | None = None
+) -> TrainState:
+    """The state of a run at step 0, as `init_state`."""
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    zero = jnp.zeros((), jnp.int32)
+    history = None if window is None else History(jnp.zeros(window), jnp.zeros(window), zero, zero, zero)
+    return TrainState(params, router_biases, optimizer.transform.init(params), zero, average, history)
 
 
 def trained_model(graphdef: Graph, state: TrainState) -> Transformer:
@@ -71,31 +120,112 @@ def trained_model(graphdef: Graph, state: TrainState) -> Transformer:
     return nnx.merge(graphdef, state.params, state.router_biases)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "optimizer", "loss", "router_bias_rate"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "optimizer", "loss", "router_bias_rate", "ema", "guard"),
+    donate_argnames="state",
+)
 def train_step(
     graphdef: Graph,
     state: TrainState,
     batch: PackedRows,
+    asked: jax.Array | None = None,
     *,
     optimizer: Optimizer,
     loss: LossConfig,
     router_bias_rate: float = 1e-4,
+    ema: float = 0.0,
+    guard: Guard = Guard(),
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step on a batch `[B, T]`. The state's buffers are donated.
+    """One optimizer step on a batch `[B, T]`, or `[A, B, T]` in A parts, one after the other. The state's buffers are donated.
 
     Gradients are of the Params only. Each router bias moves by `router_bias_rate` towards an even load, after the step.
+    asked: bool `[devices, K]`, each device's answers to K questions, so that all processes learn them at the same step.
+    ema: the decay of `state.ema`. guard: applies where the state has a history.
     """
-
-    def objective(params: nnx.State) -> tuple[jax.Array, tuple[LossMetrics, tuple[SegmentStats, ...]]]:
-        return total_loss(nnx.merge(graphdef, params, state.router_biases), batch, loss)
-
-    (_, (metrics, stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    grads, metrics, stats = _gradients(graphdef, state, batch, loss)
     updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
     params = cast(nnx.State, optax.apply_updates(state.params, updates))
     router_biases = balanced(state.router_biases, stats, router_bias_rate)
-    learning_rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
-    report = StepMetrics(metrics, optax.tree.norm(grads), learning_rate)
-    return TrainState(params, router_biases, opt_state, state.step + 1), report
+    average = None
+    if state.ema is not None:
+        average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state.ema, params)
+    grad_norm = optax.tree.norm(grads)
+    taken = TrainState(params, router_biases, opt_state, state.step + 1, average, state.history)
+    skip, halted, count = jnp.zeros((), bool), jnp.zeros((), bool), state.step
+    if state.history is not None:
+        count = state.step - state.history.skipped  # the optimizer's own: a skipped step is none of its
+        taken, skip, halted = _guarded(state, taken, metrics.objective, grad_norm, guard)
+    learning_rate = jnp.asarray(optimizer.schedule(count), jnp.float32)
+    answers = None if asked is None else jnp.any(asked, axis=0)
+    return taken, StepMetrics(metrics, grad_norm, learning_rate, skip, halted, answers)
+
+
+def _gradients(
+    graphdef: Graph, state: TrainState, batch: PackedRows, loss: LossConfig
+) -> tuple[nnx.State, LossMetrics, tuple[SegmentStats, ...]]:
+    """Gradients of the Params, metrics and routers' statistics of a batch, whole or in parts."""
+    of = whole(batch)
+
+    def objective(
+        params: nnx.State, part: PackedRows
+    ) -> tuple[jax.Array, tuple[LossMetrics, tuple[SegmentStats, ...]]]:
+        return total_loss(nnx.merge(graphdef, params, state.router_biases), part, loss, of)
+
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+    if batch.tokens.ndim == 2:
+        (_, (metrics, stats)), grads = differentiate(state.params, batch)
+        return grads, metrics, stats
+
+    def add(total: Any, part: PackedRows) -> tuple[Any, None]:
+        (_, aux), grads = differentiate(state.params, part)
+        return jax.tree.map(jnp.add, total, (grads, *aux)), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    (_, aux), grads = jax.eval_shape(differentiate, state.params, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, *aux))
+    return jax.lax.scan(add, zeros, batch)[0]
+
+
+def _guarded(
+    state: TrainState, taken: TrainState, loss: jax.Array, grad_norm: jax.Array, guard: Guard
+) -> tuple[TrainState, jax.Array, jax.Array]:
+    """The state after a step, which may be as before it; whether it was skipped, and whether the run is to halt."""
+    history = cast(History, state.history)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    spike = jnp.zeros((), bool)
+    if guard.sigma is not None:
+        spike = _is_spike(history.loss, history.seen, loss, guard.sigma)
+        spike |= _is_spike(history.grad_norm, history.seen, grad_norm, guard.sigma)
+    halted = (history.halted > 0) | (~finite if guard.stop else jnp.zeros((), bool))
+    good = finite & ~spike & ~halted
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), taken, state)
+    skipped = ~good & ~halted
+    remembered = finite & ~halted  # spikes too: where losses have risen for good, the run goes on
+    place = history.seen % len(history.loss)
+
+    def with_latest(ring: jax.Array, value: jax.Array) -> jax.Array:
+        return jnp.where(remembered, ring.at[place].set(value), ring)
+
+    after = History(
+        loss=with_latest(history.loss, loss),
+        grad_norm=with_latest(history.grad_norm, grad_norm),
+        seen=history.seen + remembered,
+        skipped=history.skipped + skipped,
+        halted=halted.astype(jnp.int32),
+    )
+    step = jnp.where(halted, state.step, state.step + 1)
+    return dataclasses.replace(kept, step=step, history=after), skipped, halted
+
+
+def _is_spike(ring: jax.Array, seen: jax.Array, value: jax.Array, sigma: float) -> jax.Array:
+    """Whether a value is more than `sigma` standard deviations above those in the ring, once that is half full."""
+    size = ring.shape[0]
+    count = jnp.minimum(seen, size)
+    there = jnp.arange(size) < count
+    mean = jnp.sum(ring, where=there) / jnp.maximum(count, 1)
+    deviation = jnp.sqrt(jnp.sum(jnp.square(ring - mean), where=there) / jnp.maximum(count - 1, 1))
+    return (count >= max(2, size // 2)) & (value > mean + sigma * deviation)
 
 
 def balanced(router_biases: nnx.State, stats: tuple[SegmentStats, ...], rate: float) -> nnx.State:

@@ -1,0 +1,367 @@
+"""From a run's configuration to what the loop needs: model, state, stages of rows, and batches on their devices."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from exaone_jax.checkpoints.load import checkpoint_config, open_checkpoint, read_open
+from exaone_jax.checkpoints.names import ParameterPath
+from exaone_jax.checkpoints.native import files_beside_weights
+from exaone_jax.config import ModelConfig, published, read_config
+from exaone_jax.config.data import DataConfig
+from exaone_jax.config.run import OptimizerConfig, RunConfig
+from exaone_jax.data.packing import PackedRows
+from exaone_jax.data.rows import Rows, batches, open_rows
+from exaone_jax.errors import ConfigError
+from exaone_jax.model import Transformer
+from exaone_jax.model.linear import RouterBias
+from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE
+from exaone_jax.parallel import MeshShape, make_mesh, partition_spec, place
+from exaone_jax.text import ChatTemplate, Tokenizer, train_bpe
+from exaone_jax.training.loss import LossConfig, has_mtp_loss
+from exaone_jax.training.optimizer import Optimizer, adamw, cosine, frozen, muon, wsd
+from exaone_jax.training.saves import Identity
+from exaone_jax.training.step import Graph, Guard, TrainState, fresh_state
+
+_BYTES = "bytes"
+_BYTE_VOCABULARY = 618  # EXAONE's 362 added tokens and the 256 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Steps [start, stop) of rows of one length. first: the batch of `rows` that step `start` reads."""
+
+    start: int
+    stop: int
+    context: int
+    batch_size: int
+    accumulate: int
+    rows: Rows
+    first: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a batch: `[B, T]`, or `[A, B / A, T]` where gradients are taken in A parts."""
+        if self.accumulate == 1:
+            return (self.batch_size, self.context)
+        return (self.accumulate, self.batch_size // self.accumulate, self.context)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """like: the state as jax.ShapeDtypeStructs with shardings. files: the tokenizer's, by name."""
+
+    config: RunConfig
+    model: ModelConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    files: dict[str, Path]
+    mesh: Mesh
+    stages: tuple[Stage, ...]
+    optimizer: Optimizer
+    loss: LossConfig
+    guard: Guard
+    graphdef: Graph
+    like: TrainState
+
+    @property
+    def identity(self) -> Identity:
+        """What a saved step must have been made with: the same rows in the same order, as far as it has read them."""
+        run = self.config
+        stages = [(stage.start, stage.context, stage.batch_size, stage.rows.fingerprint) for stage in self.stages]
+        data = hashlib.sha256(json.dumps([run.seed, stages]).encode()).hexdigest()
+        return Identity(self.model, {"data, seed, batch_size, context or stages": data})
+
+    def step_arguments(self) -> dict[str, Any]:
+        """The static arguments of `train_step`."""
+        run = self.config
+        rate = 0.0 if run.freeze_router else run.router_bias_rate
+        return {
+            "optimizer": self.optimizer,
+            "loss": self.loss,
+            "router_bias_rate": rate,
+            "ema": run.ema or 0.0,
+            "guard": self.guard,
+        }
+
+    def stage_of(self, step: int) -> Stage:
+        return next(stage for stage in reversed(self.stages) if stage.start <= step)
+
+
+def set_up(config: RunConfig) -> Setup:
+    """Everything but the arrays. Raises ConfigError, CheckpointError or InputError where the run cannot be."""
+    model = _model_config(config)
+    tokenizer, files = _tokenizer(config, model)
+    template = _template(tokenizer, model)
+    mesh = make_mesh(MeshShape(fsdp=-1) if config.mesh is None else MeshShape.parse(config.mesh))
+    weights = config.loss
+    loss = LossConfig(
+        weights.mtp_weight,
+        weights.balance_weight,
+        weights.z_loss,
+        None if config.remat == "none" else config.remat,
+    )
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    if config.freeze_router:
+        optimizer = frozen(optimizer, ("router",))
+    guard = Guard(config.guard.nonfinite == "stop", config.guard.sigma if config.guard.spikes == "skip" else None)
+    stages = tuple(_stages(config, model, tokenizer, template, mesh))
+    graphdef, like = _abstract(config, model, mesh, optimizer)
+    has_mtp_loss(nnx.merge(graphdef, like.params, like.router_biases), loss)
+    return Setup(
+        config, model, tokenizer, template, files, mesh, stages, optimizer, loss, guard, graphdef, like
+    )  # fmt: skip
+
+
+def initial_state(setup: Setup) -> TrainState:
+    """At step 0: random weights, the same on any mesh, or those of `init_from`; every array sharded as in `like`."""
+    run = setup.config
+    shardings = jax.tree.map(lambda struct: struct.sharding, setup.like)
+    fresh = partial(fresh_state, optimizer=setup.optimizer, ema=run.ema is not None, window=run.guard.window)
+    if run.init_from is None:
+
+        def make() -> TrainState:
+            model = Transformer(setup.model, dtype=run.dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(run.seed))
+            _, params, biases = nnx.split(model, nnx.Param, RouterBias)
+            return fresh(params, biases)
+
+        return jax.jit(make, out_shardings=shardings)()
+    params, biases = (nnx.from_flat_state(part) for part in _read(setup, Path(run.init_from)))
+    return jax.jit(fresh, out_shardings=shardings, donate_argnums=(0, 1))(params, biases)
+
+
+def _read(setup: Setup, path: Path) -> Iterator[list[tuple[Any, Any]]]:
+    parts = [list(nnx.to_flat_state(part)) for part in (setup.like.params, setup.like.router_biases)]
+    shardings = {key: variable.get_value().sharding for part in parts for key, variable in part}
+    config, checkpoint = open_checkpoint(path)
+    with checkpoint:
+        values = read_open(
+            config, checkpoint, dtype=jnp.float32, mesh_shardings=cast(dict[ParameterPath, Any], shardings)
+        )
+    for part in parts:
+        yield [(key, variable.replace(values[cast(ParameterPath, key)])) for key, variable in part]
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
+    """Raises ConfigError where the schedule does not fit into the steps."""
+    warmup = _steps(config.warmup, steps)
+    match config.schedule:
+        case "wsd":
+            decay = max(1, _steps(config.decay, steps))
+            schedule = wsd(config.learning_rate, steps, warmup=warmup, decay=decay, final=config.final)
+        case "cosine":
+            schedule = cosine(config.learning_rate, steps, warmup=warmup, final=config.final)
+        case "constant":
+            rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+            schedule = optax.join_schedules([rise, optax.constant_schedule(config.learning_rate)], [warmup])
+    make = muon if config.name == "muon" else adamw
+    return make(
+        schedule,
+        weight_decay=config.weight_decay,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        clip_norm=config.clip_norm,
+    )
+
+
+def _steps(value: float, steps: int) -> int:
+    return round(value * steps) if value < 1 else round(value)
+
+
+def _model_config(config: RunConfig) -> ModelConfig:
+    of_checkpoint = None if config.init_from is None else checkpoint_config(Path(config.init_from))
+    if config.model is None:
+        return cast(ModelConfig, of_checkpoint)
+    if isinstance(config.model, ModelConfig):
+        asked = config.model
+    else:
+        asked = read_config(Path(config.model) if Path(config.model).exists() else published(config.model))
+    if of_checkpoint is not None and of_checkpoint != asked:
+        names = [name for name in ModelConfig.model_fields if getattr(asked, name) != getattr(of_checkpoint, name)]
+        raise ConfigError(
+            f"init_from {config.init_from}: is a checkpoint of another model than `model`; different: "
+            + ", ".join(
+                f"{name} {getattr(of_checkpoint, name)!s:.60} for {getattr(asked, name)!s:.60}" for name in names
+            )
+        )
+    return asked
+
+
+def _tokenizer(config: RunConfig, model: ModelConfig) -> tuple[Tokenizer, dict[str, Path]]:
+    if config.tokenizer == _BYTES:
+        tokenizer, files = train_bpe([], _BYTE_VOCABULARY), {}
+    else:
+        folder = Path(config.tokenizer or cast(str, config.init_from))
+        tokenizer = Tokenizer.from_directory(folder)
+        files = {file.path: folder / file.path for file in files_beside_weights(folder)[0] if "/" not in file.path}
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"tokenizer: has ids up to {tokenizer.vocab_size - 1}, and the model's vocabulary is of {model.vocab_size}"
+        )
+    if config.init_from is not None and config.tokenizer is not None:
+        own = Path(config.init_from)
+        if (own / "tokenizer.json").is_file() and (
+            of := Tokenizer.from_directory(own).vocab_size
+        ) != tokenizer.vocab_size:
+            raise ConfigError(
+                f"tokenizer: {config.tokenizer} has {tokenizer.vocab_size} ids, and that of {own} has {of}; expected the "
+                "tokenizer that the checkpoint was trained with"
+            )
+    for name in ("bos", "pad"):
+        asked, there = getattr(model, f"{name}_token_id"), getattr(tokenizer, f"{name}_id")
+        if asked is not None and there is not None and asked != there and config.init_from is not None:
+            raise ConfigError(f"tokenizer: its {name} token is {there}, and the checkpoint's config.json says {asked}")
+    return tokenizer, files
+
+
+def _template(tokenizer: Tokenizer, model: ModelConfig) -> ChatTemplate | None:
+    return ChatTemplate.for_tokenizer(tokenizer, model.model_type) if tokenizer.chat_templates else None
+
+
+def _stages(
+    config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None, mesh: Mesh
+) -> Iterator[Stage]:
+    context, batch_size, accumulate, data = config.context, config.batch_size, config.accumulate, config.data
+    starts = [0, *(stage.start for stage in config.stages), config.steps]
+    tokens, opened = 0, {}
+    for number, (start, stop) in enumerate(itertools.pairwise(starts)):
+        if number:
+            stage = config.stages[number - 1]
+            context, batch_size = stage.context, stage.batch_size or batch_size
+            accumulate, data = stage.accumulate or accumulate, stage.data or data
+        _check_divides(context, batch_size, accumulate, model, mesh)
+        rows = _rows(data, tokenizer, template, context, opened)
+        # Where it goes on in the same data, it starts as many tokens in as were read.
+        first = 0 if number and config.stages[number - 1].data is not None else -(-tokens // (batch_size * context))
+        tokens = (first + stop - start) * batch_size * context
+        yield Stage(start, stop, context, batch_size, accumulate, rows, first)
+
+
+def _rows(
+    data: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None, length: int, opened: dict[Any, Rows]
+) -> Rows:
+    key = (data.model_dump_json(), length)
+    if key not in opened:
+        opened[key] = open_rows(data, tokenizer, template, length)
+    return opened[key]
+
+
+def _check_divides(context: int, batch_size: int, accumulate: int, model: ModelConfig, mesh: Mesh) -> None:
+    if context > model.max_position_embeddings:
+        raise ConfigError(f"context: found {context:,}, expected at most the model's {model.max_position_embeddings:,}")
+    parts = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    if batch_size % (accumulate * parts):
+        raise ConfigError(
+            f"batch_size: found {batch_size} rows, expected a multiple of accumulate {accumulate} x data x fsdp x expert "
+            f"{parts}"
+        )
+    if context % mesh.shape["context"]:
+        raise ConfigError(
+            f"context: {context:,} tokens do not divide into the mesh's context={mesh.shape['context']} parts"
+        )
+
+
+def _abstract(config: RunConfig, model: ModelConfig, mesh: Mesh, optimizer: Optimizer) -> tuple[Graph, TrainState]:
+    placement = ONE_DEVICE if mesh.size == 1 else place(model, mesh)
+
+    def make() -> Transformer:
+        rngs = nnx.Rngs(0)
+        return Transformer(model, dtype=config.dtype, param_dtype=jnp.float32, rngs=rngs, placement=placement)
+
+    graphdef, params, biases = nnx.split(nnx.eval_shape(make), nnx.Param, RouterBias)
+    fresh = partial(fresh_state, optimizer=optimizer, ema=config.ema is not None, window=config.guard.window)
+    return graphdef, sharded(jax.eval_shape(fresh, params, biases), mesh)
+
+
+def sharded(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shapes with shardings: parameters, and what an optimizer keeps for each, by their logical axes; scalars whole."""
+
+    def shard(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+        variable = isinstance(leaf, nnx.Variable)
+        value = leaf.get_value() if variable else leaf
+        if not hasattr(value, "shape"):  # optax masked it out
+            return leaf
+        spec = PartitionSpec()
+        if variable:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            spec = partition_spec(name, value.shape, leaf.get_metadata("axes"), mesh)
+        struct = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, spec))
+        return leaf.replace(struct) if variable else struct
+
+    return jax.tree_util.tree_map_with_path(shard, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Of a batch `[B, T]` or `[A, B, T]`: rows over the batch axes, tokens over the sequence's."""
+    spec = _row_spec(mesh, shape[-2:])
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - 2), *spec))
+
+
+def _row_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+    return partition_spec("batch", shape, ACTIVATIONS[:2], mesh)
+
+
+def abstract_batch(stage: Stage, mesh: Mesh) -> PackedRows:
+    """A batch of a stage as jax.ShapeDtypeStructs."""
+    sharding = batch_sharding(mesh, stage.shape)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(stage.shape, x.dtype, sharding=sharding), stage.rows[0])
+
+
+def device_batches(stage: Stage, mesh: Mesh, step: int) -> Iterator[PackedRows]:
+    """Global batches from a step on. Each process reads the rows that its devices compute, and no others."""
+    sharding, shape = batch_sharding(mesh, stage.shape), stage.shape
+    local = local_rows(sharding, shape)
+    read = batches(stage.rows, stage.first + step - stage.start, stage.batch_size, local)
+    return (on_devices(rows, local, sharding, shape) for rows in read)
+
+
+def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> list[int]:
+    """Which rows of a batch, counted through its parts, this process's devices compute."""
+    rows = np.arange(math.prod(shape[:-1])).reshape(shape[:-1])
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return sorted({int(row) for index in indices for row in rows[cast(tuple, index)[:-1]].flat})
+
+
+def on_devices(rows: PackedRows, local: list[int], sharding: NamedSharding, shape: tuple[int, ...]) -> PackedRows:
+    """A global batch from this process's rows `[len(local), T]`."""
+    number, place = np.arange(math.prod(shape[:-1])).reshape(shape[:-1]), {row: i for i, row in enumerate(local)}
+
+    def put(array: Any) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            index = cast(tuple[slice, ...], index)
+            wanted = number[index[:-1]]
+            found = np.asarray(array)[[place[int(row)] for row in wanted.flat]][:, index[-1]]
+            return found.reshape(*wanted.shape, -1)
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(put, rows)
+
+
+def evaluation_batches(setup: Setup) -> list[PackedRows]:
+    """The first rows held out, in batches of the first stage's shape; what the last batch lacks is padding."""
+    stage, run = setup.stages[0], setup.config
+    rows = open_rows(run.data, setup.tokenizer, setup.template, stage.context, evaluation=True)
+    count, size = min(run.evaluate.rows, rows.rows_per_epoch), stage.batch_size // stage.accumulate
+    shape = (size, stage.context)
+    sharding = batch_sharding(setup.mesh, shape)
+    local, result = local_rows(sharding, shape), []
+    for start in range(0, count, size):
+        each = [rows[start + row] if start + row < count else jax.tree.map(np.zeros_like, rows[0]) for row in local]
+        whole = jax.tree.map(lambda *parts: np.stack(parts), *each)
+        result.append(on_devices(whole, local, sharding, shape))
+    return result
