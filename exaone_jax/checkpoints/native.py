@@ -44,7 +44,9 @@ from exaone_jax.errors import CheckpointError, StorageError
 MANIFEST = "exaone_jax.json"
 PARAMS, CARRIED_FOLDER, SOURCE = "params", "carried", "source"
 SOURCE_INDEX = "index.json"  # in SOURCE
-RESERVED = frozenset({MANIFEST, PARAMS, CARRIED_FOLDER, SOURCE})
+# What a saved step of training has besides; see exaone_jax.training.saves.
+TRAIN_MANIFEST, TRAIN_STATE = "train.json", "state"
+RESERVED = frozenset({MANIFEST, PARAMS, CARRIED_FOLDER, SOURCE, TRAIN_MANIFEST, TRAIN_STATE})
 FORMAT, VERSION = "exaone_jax native checkpoint", 1
 # A larger tensor is cut into several chunks: that bounds memory, and malloc reuses blocks of this size.
 CHUNK_BYTES = 16 << 20

@@ -115,6 +115,7 @@ class HostsConfig(_Frozen):
     num_processes: PositiveInt
     process_id: int = Field(ge=0)
     timeout: PositiveInt = 300
+    heartbeat: PositiveInt = 100
 
 
 def _named_or_inline(value: object) -> str:

@@ -25,13 +25,15 @@ class Hosts:
     """How the processes of a run find each other. All None: as the environment says (Cloud TPU, GKE, Slurm, MPI).
 
     coordinator: "address:port" of process 0, reachable by all. num_processes, process_id: of how many, and which is this.
-    timeout: seconds to wait for every process to join.
+    timeout: seconds to wait for every process to join. heartbeat: seconds of silence after which a process counts as dead, and
+        the others end.
     """
 
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
     timeout: int = 300
+    heartbeat: int = 100
 
     def __post_init__(self) -> None:
         given = [value is not None for value in (self.coordinator, self.num_processes, self.process_id)]
@@ -48,6 +50,8 @@ class Hosts:
             )
         if self.timeout < 1:
             raise ConfigError(f"hosts: timeout must be at least a second, found {self.timeout}")
+        if self.heartbeat < 1:
+            raise ConfigError(f"hosts: heartbeat must be at least a second, found {self.heartbeat}")
 
 
 ENVIRONMENT = Hosts()
@@ -66,7 +70,11 @@ def start(hosts: Hosts = ENVIRONMENT) -> None:
         roll_call(hosts.coordinator, hosts.num_processes, hosts.process_id, hosts.timeout)
     try:
         jax.distributed.initialize(
-            hosts.coordinator, hosts.num_processes, hosts.process_id, initialization_timeout=hosts.timeout
+            hosts.coordinator,
+            hosts.num_processes,
+            hosts.process_id,
+            initialization_timeout=hosts.timeout,
+            heartbeat_timeout_seconds=hosts.heartbeat,
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"hosts: cannot start: {error}") from error

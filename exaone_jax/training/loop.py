@@ -175,8 +175,9 @@ class _Run:
             return self.setup.files
         folder = self.run_dir / TOKENIZER
         if jax.process_index() == 0:
-            folder.mkdir(exist_ok=True)
-            self.setup.tokenizer.save(folder)
+            with storage_errors(str(folder)):
+                folder.mkdir(exist_ok=True)
+                self.setup.tokenizer.save(folder)
         return {path.name: path for path in folder.iterdir()} if jax.process_index() == 0 else {}
 
     def _first_state(self, strict: bool) -> TrainState:

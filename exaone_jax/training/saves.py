@@ -34,6 +34,8 @@ from exaone_jax.checkpoints.native import (
     CHUNK_BYTES,
     MANIFEST,
     PARAMS,
+    TRAIN_MANIFEST,
+    TRAIN_STATE,
     Manifest,
     array_metadata,
     orbax_checkpoint_metadata,
@@ -44,7 +46,6 @@ from exaone_jax.errors import CheckpointError, ConfigError, StorageError
 from exaone_jax.training.step import TrainState
 
 FORMAT, VERSION = "exaone_jax training state", 1
-TRAIN_MANIFEST, STATE = "train.json", "state"
 _STEP = re.compile(r"step_(\d{8,})")
 _PARTIAL = re.compile(r"step_\d{8,}\.(partial|deleted)")
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "uint32": "U32"}
@@ -80,7 +81,7 @@ def named_arrays(state: TrainState) -> dict[str, jax.Array]:
     arrays = {f"{PARAMS}/{path_name(cast(tuple, path))}": variable.get_value() for path, variable in model}
     rest = {"optimizer": state.opt_state, "step": state.step, "ema": state.ema, "history": state.history}
     for path, leaf in jax.tree_util.tree_flatten_with_path(rest)[0]:
-        arrays[f"{STATE}/{jax.tree_util.keystr(path, simple=True, separator='.')}"] = leaf
+        arrays[f"{TRAIN_STATE}/{jax.tree_util.keystr(path, simple=True, separator='.')}"] = leaf
     return arrays
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,9 +114,7 @@ def set_up(config: RunConfig) -> Setup:
         weights.z_loss,
         None if config.remat == "none" else config.remat,
     )
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    if config.freeze_router:
-        optimizer = frozen(optimizer, ("router",))
+    optimizer = make_optimizer(config.optimizer, config.steps, ("router",) if config.freeze_router else ())
     guard = Guard(config.guard.nonfinite == "stop", config.guard.sigma if config.guard.spikes == "skip" else None)
     stages = tuple(_stages(config, model, tokenizer, template, mesh))
     graphdef, like = _abstract(config, model, mesh, optimizer)
@@ -155,7 +153,8 @@ def _read(setup: Setup, path: Path) -> Iterator[list[tuple[Any, Any]]]:
         yield [(key, variable.replace(values[cast(ParameterPath, key)])) for key, variable in part]
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
+@cache  # the same for the same: a second run in a process finds its step compiled
+def make_optimizer(config: OptimizerConfig, steps: int, frozen_modules: tuple[str, ...] = ()) -> Optimizer:
     """Raises ConfigError where the schedule does not fit into the steps."""
     warmup = _steps(config.warmup, steps)
     match config.schedule:
@@ -168,14 +167,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
             rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
             schedule = optax.join_schedules([rise, optax.constant_schedule(config.learning_rate)], [warmup])
     make = muon if config.name == "muon" else adamw
-    return make(
-        schedule,
-        weight_decay=config.weight_decay,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        clip_norm=config.clip_norm,
-    )
+    fields = ("weight_decay", "b1", "b2", "eps", "clip_norm")
+    optimizer = make(schedule, **{name: getattr(config, name) for name in fields})
+    return frozen(optimizer, frozen_modules) if frozen_modules else optimizer
 
 
 def _steps(value: float, steps: int) -> int:

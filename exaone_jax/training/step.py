@@ -110,9 +110,17 @@ def fresh_state(
 ) -> TrainState:
     """The state of a run at step 0, as `init_state`."""
     average = jax.tree.map(jnp.copy, params) if ema else None
-    zero = jnp.zeros((), jnp.int32)
-    history = None if window is None else History(jnp.zeros(window), jnp.zeros(window), zero, zero, zero)
-    return TrainState(params, router_biases, optimizer.transform.init(params), zero, average, history)
+
+    def zeros(
+        *shape: int, dtype: jax.typing.DTypeLike = jnp.int32
+    ) -> jax.Array:  # an array of its own: all are donated
+        return jnp.zeros(shape, dtype)
+
+    history = None
+    if window is not None:
+        rings = (zeros(window, dtype=jnp.float32) for _ in range(2))
+        history = History(*rings, seen=zeros(), skipped=zeros(), halted=zeros())
+    return TrainState(params, router_biases, optimizer.transform.init(params), zeros(), average, history)
 
 
 def trained_model(graphdef: Graph, state: TrainState) -> Transformer:
