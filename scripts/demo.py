@@ -32,7 +32,8 @@ from rich.syntax import Syntax
 import exaone_jax
 from exaone_jax.checkpoints.convert import save_hf
 from exaone_jax.config import LayerSpec, ModelConfig, MoEConfig
-from exaone_jax.data import PackedRows, pack, pipeline, python_files, tokenise
+from exaone_jax.config.data import DataConfig, SourceConfig
+from exaone_jax.data import PackedRows, Rows, batches, open_rows, python_files
 from exaone_jax.errors import ExaoneError
 from exaone_jax.inference.sampling import SamplingParams
 from exaone_jax.inference.text import Completion, complete
@@ -197,25 +198,37 @@ def new_model(config: ModelConfig) -> Transformer:
     return model
 
 
-def batches_of(rows: PackedRows, batch_size: int, count: int) -> list[PackedRows]:
+def write_text(corpus: Corpus, folder: Path) -> DataConfig:
+    """The corpus as JSONL, as a run reads it."""
+    folder.mkdir(exist_ok=True)
+    files = {"train": corpus.train, "held-out": corpus.held_out}
+    for name, texts in files.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    train, held_out = (SourceConfig(path=str(folder / f"{name}.jsonl")) for name in files)
+    return DataConfig(sources=(train,), eval_sources=(held_out,), seed=SEED)
+
+
+def batches_of(rows: Rows, batch_size: int, count: int) -> list[PackedRows]:
     """`count` of the rows, evenly spread over all, in batches."""
-    chosen = (np.arange(count) * len(rows.tokens) // count).reshape(-1, batch_size)
-    return [PackedRows(rows.tokens[batch], rows.segment_ids[batch]) for batch in chosen]
+    chosen = [rows[i * rows.rows_per_epoch // count] for i in range(count)]
+    batched = (chosen[start : start + batch_size] for start in range(0, count, batch_size))
+    return [PackedRows(*(np.stack([row[i] for row in batch]) for i in range(2))) for batch in batched]
 
 
 def train(
-    size: Size, model: Transformer, rows: PackedRows, held_out: list[PackedRows], report: Report
+    size: Size, model: Transformer, rows: Rows, held_out: list[PackedRows], report: Report
 ) -> tuple[Graph, TrainState, Curve]:
     """Pre-train `model`, which is used up, and evaluate before and after."""
     optimizer = muon(wsd(size.peak_learning_rate, size.steps, warmup=size.steps // 20, decay=size.steps // 3))
     graphdef, state = init_state(model, optimizer)
     before = evaluate(graphdef, state, held_out)
     report.say(f"held-out loss before: {before.loss:.3f} nats a token (ln V = {math.log(model.config.vocab_size):.3f})")
-    batches, loss, losses = pipeline(rows, size.batch_size, SEED), LossConfig(mtp_weight=MTP_WEIGHT), []
+    stream, loss, losses = batches(rows, 0, size.batch_size), LossConfig(mtp_weight=MTP_WEIGHT), []
     started = time.perf_counter()
     for step in range(size.steps):
         state, metrics = train_step(
-            graphdef, state, batches[step], optimizer=optimizer, loss=loss, router_bias_rate=ROUTER_BIAS_RATE
+            graphdef, state, next(stream), optimizer=optimizer, loss=loss, router_bias_rate=ROUTER_BIAS_RATE
         )
         losses.append(float(metrics.loss.loss))
         if step == 0:
@@ -342,13 +355,11 @@ def run(size: Size, output: Path, target: float, report: Report) -> None:
         tokenizer = train_bpe(corpus.train, size.vocab_size)
         report.say(f"{tokenizer.vocab_size:,} tokens")
     with report.step("Tokenise and pack"):
+        data = write_text(corpus, output / "text")
         rows, held_out = (
-            pack(tokenise(tokenizer, texts), size.row_length, tokenizer.pad_id or 0)
-            for texts in (corpus.train, corpus.held_out)
+            open_rows(data, tokenizer, None, size.row_length, evaluation=held_out) for held_out in (False, True)
         )
-        report.say(
-            f"{len(rows.tokens):,} rows of {size.row_length} tokens; {np.mean(rows.segment_ids == 0):.2%} padding"
-        )
+        report.say(f"{rows.rows_per_epoch:,} rows of {size.row_length} tokens; {rows.report[0].padding:.2%} padding")
     with report.step("Pre-train"):
         config = small_k_exaone(size, tokenizer)
         model = new_model(config)
@@ -364,7 +375,7 @@ def run(size: Size, output: Path, target: float, report: Report) -> None:
         trained = trained_model(graphdef, state)
         checkpoint = write_checkpoint(trained, tokenizer, output)
         loaded = exaone_jax.load(checkpoint)
-        difference = check_same_logits(trained, loaded, held_out.tokens[:1])
+        difference = check_same_logits(trained, loaded, evaluated[0].tokens[:1])
         report.say(
             f"{checkpoint}: the loaded model's logits are those before saving (largest difference {difference:.1e})"
         )

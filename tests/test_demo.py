@@ -35,7 +35,7 @@ def test_the_quick_demo_trains_writes_loads_and_completes(
     for word in ("ln V", "tokens/s", "acceptance", "held-out loss", "loss.png", "exaone-jax inspect"):
         assert word in printed
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "loss.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "loss.png", "text"]
     names = {path.name for path in (tmp_path / "hf").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     config = json.loads((tmp_path / "hf" / "config.json").read_text())

@@ -1,8 +1,10 @@
-"""Where a run's text comes from and how it is cut into rows."""
+"""Where a run's text comes from and how it is cut into rows. Importing it does not import jax."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Format = Literal["auto", "jsonl", "parquet", "arrayrecord", "text", "dataset"]
 
 
 class _Frozen(BaseModel):
@@ -10,20 +12,32 @@ class _Frozen(BaseModel):
 
 
 class SourceConfig(_Frozen):
-    """A file or directory. weight: of its rows among those of all sources."""
+    """A file, a directory, a glob pattern, or what `exaone-jax data prepare` wrote.
 
-    path: str
+    weight: of its rows among those of all sources.
+    format: "auto" goes by the names of the files; "dataset" is what `datasets` saves to disk.
+    text_column: the column of plain documents.
+    control_tokens: a control token spelled in `text`, or in a `prompt` or `completion` that is a string, becomes that token.
+        For text that was rendered by a chat template before; otherwise such a spelling stays text.
+    """
+
+    path: str = Field(min_length=1)
     weight: float = Field(default=1.0, gt=0)
-    format: Literal["auto", "jsonl", "parquet", "arrayrecord", "text", "dataset"] = "auto"
+    format: Format = "auto"
+    text_column: str = "text"
+    control_tokens: bool = False
 
 
 class DataConfig(_Frozen):
-    """overlong: what becomes of documents longer than a row."""
+    """overlong: what becomes of a document longer than a row. packing "none": a row for each document, or piece of one.
+
+    chat_template_kwargs: what every conversation's template is told; a row's own column of that name goes before it.
+    """
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     eval_sources: tuple[SourceConfig, ...] = ()
     shuffle: bool = True
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     packing: Literal["best_fit", "none"] = "best_fit"
     overlong: Literal["split", "truncate", "drop"] = "split"
     chat_template_kwargs: dict[str, bool] = {}

@@ -1,8 +1,19 @@
-"""From text to training batches: sources, tokenising, packing, the pipeline."""
+"""From text to training batches: sources, documents, packing, mixtures, rows by their index."""
 
+from exaone_jax.data.documents import Counts, Document, Encoder
 from exaone_jax.data.packing import PackedRows, pack
-from exaone_jax.data.pipeline import pipeline
+from exaone_jax.data.rows import Rows, SourceReport, batches, open_rows
 from exaone_jax.data.sources import python_files
-from exaone_jax.data.tokenising import tokenise
 
-__all__ = ["PackedRows", "pack", "pipeline", "python_files", "tokenise"]
+__all__ = [
+    "Counts",
+    "Document",
+    "Encoder",
+    "PackedRows",
+    "Rows",
+    "SourceReport",
+    "batches",
+    "open_rows",
+    "pack",
+    "python_files",
+]

@@ -1,6 +1,6 @@
 """Packing documents of any length into rows of one length."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,36 +35,48 @@ def pack(documents: Iterable[np.ndarray], length: int, pad_id: int) -> PackedRow
     """
     if length < 1:
         raise InputError(f"rows must be at least one token long, found length {length}")
-    pieces = [piece for document in documents for piece in _cut(document, length)]
+    pieces = [document[start : start + length] for document in documents for start in range(0, len(document), length)]
     if not pieces:
         raise InputError("there is no token to pack: every document is empty")
-    rows = _best_fit(pieces, length)
-    tokens = np.full((len(rows), length), pad_id, np.int32)
-    segment_ids = np.zeros((len(rows), length), np.int32)
-    for row, members in enumerate(rows):
-        end = 0
-        for segment, member in enumerate(members, start=1):
-            start, end = end, end + len(pieces[member])
-            tokens[row, start:end], segment_ids[row, start:end] = pieces[member], segment
-    return PackedRows(tokens, segment_ids)
+    rows = [lay([pieces[i] for i in row], length, pad_id) for row in best_fit([len(p) for p in pieces], length)]
+    return PackedRows(np.stack([row.tokens for row in rows]), np.stack([row.segment_ids for row in rows]))
 
 
-def _cut(document: np.ndarray, length: int) -> Iterator[np.ndarray]:
-    return (document[start : start + length] for start in range(0, len(document), length))
+def lay(
+    pieces: Sequence[np.ndarray], length: int, pad_id: int, masks: Sequence[np.ndarray | None] | None = None
+) -> PackedRows:
+    """One row `[T]` of pieces, one after the other. masks: bool, as the pieces; None is a piece of which all tokens count."""
+    tokens, segment_ids = np.full(length, pad_id, np.int32), np.zeros(length, np.int32)
+    loss_mask = None if masks is None else np.zeros(length, bool)
+    end = 0
+    for segment, piece in enumerate(pieces, start=1):
+        start, end = end, end + len(piece)
+        tokens[start:end], segment_ids[start:end] = piece, segment
+        if masks is not None and loss_mask is not None:
+            mask = masks[segment - 1]
+            loss_mask[start:end] = True if mask is None else mask
+    return PackedRows(tokens, segment_ids, loss_mask)
 
 
-def _best_fit(pieces: list[np.ndarray], length: int) -> list[list[int]]:
-    """Which pieces, by index, share each row."""
+def best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Which pieces, by index, share each row; sizes are from 1 to `length`."""
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the room they have left
-    for piece in sorted(range(len(pieces)), key=lambda i: -len(pieces[i])):  # stable: ties stay in order
-        size = len(pieces[piece])
-        room = next((room for room in range(size, length + 1) if with_room[room]), None)
-        if room is None:
+    with_room: dict[int, list[int]] = {}  # rows by the room they have left
+    rooms = 0  # the keys of with_room as bits: the least room that is enough is the lowest bit from `size` on
+    for piece in np.argsort(-np.asarray(sizes, np.int64), kind="stable").tolist():  # stable: ties stay in order
+        size = sizes[piece]
+        enough = rooms >> size
+        if enough:
+            room = size + (enough & -enough).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
             row, room = len(rows), length
             rows.append([])
-        else:
-            row = with_room[room].pop()
         rows[row].append(piece)
-        with_room[room - size].append(row)
+        left = room - size
+        if left:
+            with_room.setdefault(left, []).append(row)
+            rooms |= 1 << left
     return rows

@@ -1,32 +1,173 @@
-"""Rows of packed documents, each a pure function of the files, the configuration, the length and its index."""
+"""Rows of packed documents with random access: `rows[i]` is a function of files, configuration, length and i alone.
+
+Documents are dealt into blocks by a fixed permutation, and each block is packed by itself, so that a row is found without
+packing what comes before it, and start-up needs only every block's number of rows. An epoch visits the blocks, and the rows
+of a block, in an order of its own; the documents that share a row stay the same. Each document is in an epoch exactly once.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 
 from exaone_jax.config.data import DataConfig, SourceConfig
-from exaone_jax.data.packing import PackedRows, pack
-from exaone_jax.data.tokenising import tokenise
-from exaone_jax.errors import InputError
+from exaone_jax.data.documents import Counts, Document, Encoder
+from exaone_jax.data.order import Interleave, permuted
+from exaone_jax.data.packing import PackedRows, best_fit, lay
+from exaone_jax.data.sources import is_prepared, parts_of
+from exaone_jax.data.store import MemoryStore, PreparedStore, Store
+from exaone_jax.errors import ConfigError, InputError
 from exaone_jax.text import ChatTemplate, Tokenizer
+
+_BLOCK_ROWS = 1024  # about
+_BLOCK_DOCUMENTS = 1 << 16  # at most
+_MANY = 1 << 62  # the length of what has no end
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """Of one source, an epoch: documents and tokens as they are in its rows, and what `overlong` did.
+
+    padding: the part of the rows that holds no token. counts: what encoding its records came to.
+    """
+
+    path: str
+    documents: int
+    rows: int
+    tokens: int
+    padding: float
+    split: int
+    truncated: int
+    dropped: int
+    counts: Counts
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Piece(NamedTuple):
+    """`size` tokens of a document from `start` on."""
+
+    document: int
+    start: int
+    size: int
+
+
+class PackedSource:
+    """The rows of one source: endless, `source[i]` is row i.
+
+    seed: None leaves the order of the files.
+    """
+
+    def __init__(self, store: Store, config: DataConfig, length: int, pad_id: int, seed: tuple[int, ...] | None):
+        self._store, self._length, self._pad_id, self._seed = store, length, pad_id, seed
+        self._overlong, self._best_fit = config.overlong, config.packing == "best_fit"
+        lengths = store.lengths
+        tokens, long = int(lengths.sum()), lengths > length
+        self.split, self.truncated, self.dropped = (
+            int(long.sum()) if config.overlong == policy else 0 for policy in ("split", "truncate", "drop")
+        )
+        self.tokens = (
+            tokens if config.overlong == "split" else int(np.minimum(lengths, length)[self._kept(lengths)].sum())
+        )
+        self.documents = len(lengths) - self.dropped
+        per_block = _BLOCK_ROWS * length * max(1, len(lengths)) // max(1, tokens)
+        self._block_size = min(max(1, per_block), _BLOCK_DOCUMENTS)
+        self._rows_of_block = lru_cache(maxsize=16)(self._pack)
+        blocks = range(-(-len(lengths) // self._block_size))
+        self._rows_in_block = np.array([len(self._pack(block)) for block in blocks], np.int64)
+        self._order_of = lru_cache(maxsize=4)(self._order)
+        self.rows = int(self._rows_in_block.sum())
+
+    def __getitem__(self, index: int) -> list[tuple[Piece, Document]]:
+        """The pieces of a row, each with its tokens."""
+        epoch, place = divmod(index, self.rows)
+        order, ends = self._order_of(epoch)
+        at = int(np.searchsorted(ends, place, side="right"))
+        block = int(order[at])
+        rows = self._rows_of_block(block)
+        row = place - int(ends[at]) + len(rows)
+        if self._seed is not None:
+            row = int(permuted(np.array([row]), len(rows), *self._seed, epoch, block)[0])
+        return [(piece, self._read(piece)) for piece in rows[row]]
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks of an epoch in their order, and where the rows of each end."""
+        order = np.arange(len(self._rows_in_block))
+        if self._seed is not None:
+            order = permuted(order, len(order), *self._seed, epoch)
+        return order, np.cumsum(self._rows_in_block[order])
+
+    def _pack(self, block: int) -> list[list[Piece]]:
+        """The rows of a block."""
+        total = len(self._store.lengths)
+        numbers = np.arange(block * self._block_size, min((block + 1) * self._block_size, total))
+        if self._seed is not None:
+            numbers = permuted(numbers, total, *self._seed)
+        lengths = self._store.lengths[numbers]
+        kept = self._kept(lengths)
+        pieces = [
+            Piece(number, start, min(size - start, self._length))
+            for number, size in zip(numbers[kept].tolist(), lengths[kept].tolist(), strict=True)
+            for start in range(0, size if self._overlong == "split" else min(size, 1), self._length)
+        ]
+        if not self._best_fit:
+            return [[piece] for piece in pieces]
+        return [[pieces[i] for i in row] for row in best_fit([piece.size for piece in pieces], self._length)]
+
+    def _kept(self, lengths: np.ndarray) -> np.ndarray:
+        return (lengths > 0) & ((lengths <= self._length) | (self._overlong != "drop"))
+
+    def _read(self, piece: Piece) -> Document:
+        tokens, mask = self._store[piece.document]
+        part = slice(piece.start, piece.start + piece.size)
+        return Document(tokens[part], None if mask is None else mask[part])
 
 
 class Rows:
-    """Endless: `rows[i]` is row i `[T]`, in another order each epoch."""
+    """`rows[i]` is row i, PackedRows `[T]`.
 
-    def __init__(self, packed: PackedRows, config: DataConfig, fingerprint: str, shuffle: bool):
-        self._packed, self._config, self._shuffle, self.fingerprint = packed, config, shuffle, fingerprint
-        self.rows_per_epoch = len(packed.tokens)
-        self.tokens_per_epoch = int((np.asarray(packed.segment_ids) != 0).sum())
+    For training it has no end: sources take their places by weight, each over and over, every time in another order. For
+    evaluation the sources follow one another in the order of their files, and what comes after is padding.
+
+    Attributes:
+      rows_per_epoch, tokens_per_epoch: of all sources, each once.
+      fingerprint: of the documents, the configuration, the length and the tokenizer: the same one gives the same rows.
+      report: of each source.
+    """
+
+    def __init__(self, sources: Sequence[PackedSource], weights: Sequence[float] | None, report: Sequence[SourceReport],
+                 length: int, pad_id: int, masked: bool, fingerprint: str):  # fmt: skip
+        """Args: weights, None for evaluation; masked, whether rows have loss masks."""
+        self._sources, self._length, self._pad_id, self._masked = tuple(sources), length, pad_id, masked
+        self._interleave = None if weights is None else Interleave(weights)
+        self._ends = np.cumsum([source.rows for source in sources])
+        self.rows_per_epoch = int(self._ends[-1])
+        self.tokens_per_epoch = sum(source.tokens for source in sources)
+        self.report, self.fingerprint = tuple(report), fingerprint
 
     def __getitem__(self, index: int) -> PackedRows:
-        epoch, place = divmod(index, self.rows_per_epoch)
-        if self._shuffle:
-            place = np.random.default_rng((self._config.seed, epoch)).permutation(self.rows_per_epoch)[place]
-        return PackedRows(self._packed.tokens[place], self._packed.segment_ids[place])
+        if index < 0:
+            raise IndexError(f"row {index}: rows are counted from 0")
+        documents = self._documents(index)
+        masks = [document.loss_mask for document in documents] if self._masked else None
+        return lay([document.tokens for document in documents], self._length, self._pad_id, masks)
+
+    def _documents(self, index: int) -> list[Document]:
+        if self._interleave is not None:
+            source, place = self._interleave[index]
+        elif index < self.rows_per_epoch:
+            source = int(np.searchsorted(self._ends, index, side="right"))
+            place = index - int(self._ends[source]) + self._sources[source].rows
+        else:
+            return []
+        return [document for _, document in self._sources[source][place]]
 
 
 def open_rows(
@@ -37,34 +178,106 @@ def open_rows(
     *,
     evaluation: bool = False,
 ) -> Rows:
-    del template
-    texts: list[str] = []
-    digest = hashlib.sha256(config.model_dump_json().encode() + str(length).encode())
-    for source in config.eval_sources if evaluation else config.sources:
-        for text in _texts(source):
-            digest.update(text.encode())
-            texts.append(text)
-    packed = pack(tokenise(tokenizer, texts), length, tokenizer.pad_id or 0)
-    return Rows(packed, config, digest.hexdigest(), config.shuffle and not evaluation)
+    """The rows of `length` tokens of a configuration's sources, or with `evaluation` of those held out.
+
+    What `exaone-jax data prepare` wrote is read as it is needed; other sources are tokenised here and kept in memory.
+
+    Raises ConfigError or InputError where a source is missing, empty, malformed (with file and row) or made for another
+    tokenizer.
+    """
+    if length < 1:
+        raise ConfigError(f"rows must be at least one token long, found length {length}")
+    chosen = config.eval_sources if evaluation else config.sources
+    if not chosen:
+        raise ConfigError("eval_sources: empty; there is nothing to evaluate on")
+    pad_id = 0 if tokenizer.pad_id is None else tokenizer.pad_id
+    shuffle = config.shuffle and not evaluation
+    stores = [open_store(source, config, tokenizer, template) for source in chosen]
+    packed = [
+        PackedSource(store, config, length, pad_id, (config.seed, number) if shuffle else None)
+        for number, store in enumerate(stores)
+    ]
+    for source, rows in zip(chosen, packed, strict=True):
+        if not rows.rows:
+            why = (
+                f"all {rows.dropped:,} documents are longer than a row of {length:,}" if rows.dropped else "no document"
+            )
+            raise ConfigError(f"{source.path}: nothing to train on: {why}")
+    weights = None if evaluation else [source.weight for source in chosen]
+    identity = [
+        length,
+        tokenizer.fingerprint,
+        weights,
+        config.seed if shuffle else None,
+        config.packing,
+        config.overlong,
+    ]
+    fingerprint = hashlib.sha256(json.dumps([*identity, *(store.fingerprint for store in stores)]).encode()).hexdigest()
+    masked = any(store.has_masks for store in stores)
+    report = [_report(*each, length) for each in zip(chosen, packed, stores, strict=True)]
+    return Rows(packed, weights, report, length, pad_id, masked, fingerprint)
 
 
-def batches(rows: Rows, start: int, batch_size: int, local: Sequence[int], prefetch: int = 2) -> Iterator[PackedRows]:
-    """From batch `start` on, of each batch the rows `local`: `[len(local), T]`."""
-    del prefetch
-    while True:
-        each = [rows[start * batch_size + row] for row in local]
-        yield PackedRows(np.stack([row.tokens for row in each]), np.stack([row.segment_ids for row in each]))
-        start += 1
+def open_store(
+    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> MemoryStore | PreparedStore:
+    """The documents of a source."""
+    if is_prepared(source.path):
+        return PreparedStore(Path(source.path), tokenizer.fingerprint)
+    encoder, counts = Encoder(tokenizer, template, source, config.chat_template_kwargs), Counts()
+    records = (record for part in parts_of(source) for record in part.records())
+    return MemoryStore(encoder.documents(records, counts), counts)
 
 
-def _texts(source: SourceConfig) -> Iterator[str]:
-    path = Path(source.path)
-    if not path.exists():
-        raise InputError(f"{path}: not found")
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    for file in files:
-        if file.suffix == ".jsonl":
-            for line in file.read_text().splitlines():
-                yield json.loads(line)["text"]
-        else:
-            yield file.read_text(encoding="utf-8")
+def _report(source: SourceConfig, rows: PackedSource, store: Store, length: int) -> SourceReport:
+    return SourceReport(
+        path=source.path,
+        documents=rows.documents,
+        rows=rows.rows,
+        tokens=rows.tokens,
+        padding=1 - rows.tokens / (rows.rows * length),
+        split=rows.split,
+        truncated=rows.truncated,
+        dropped=rows.dropped,
+        counts=store.counts,
+    )
+
+
+class _Batches:
+    """A Grain source of which element k is batch `start + k`, or some of its rows."""
+
+    def __init__(self, rows: Rows, start: int, batch_size: int, local: Sequence[int]):
+        self._rows, self._start, self._batch_size, self._local = rows, start, batch_size, tuple(local)
+
+    def __len__(self) -> int:
+        return _MANY
+
+    def __getitem__(self, index: int) -> PackedRows:
+        first = (self._start + index) * self._batch_size
+        tokens, segment_ids, masks = zip(*(self._rows[first + row] for row in self._local), strict=True)
+        return PackedRows(np.stack(tokens), np.stack(segment_ids), None if masks[0] is None else np.stack(masks))
+
+
+def batches(
+    rows: Rows,
+    start: int,
+    batch_size: int,
+    local: slice | Sequence[int] | None = None,
+    *,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> Iterator[PackedRows]:
+    """Batches `[local rows, T]` from batch `start` on, without end: batch k is rows `[k B, (k + 1) B)`.
+
+    local: which rows of each batch, for a host that computes only those; all if None. So the position of a run in its data
+    is one number, the same on every host and for any number of them. threads, prefetch: batches are made ahead of use.
+
+    Raises InputError where `batch_size` is not positive, or `local` names no row of a batch or one that it has not.
+    """
+    if batch_size < 1 or start < 0:
+        raise InputError(f"expected a batch_size from 1 and a start from 0, found {batch_size} and {start}")
+    chosen = range(batch_size)[slice(None) if local is None else local] if not isinstance(local, Sequence) else local
+    if not chosen or not all(0 <= row < batch_size for row in chosen):
+        raise InputError(f"local: expected rows from 0 to {batch_size - 1}, found {list(chosen)}")
+    source = grain.MapDataset.source(_Batches(rows, start, batch_size, chosen))
+    return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))

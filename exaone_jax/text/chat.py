@@ -16,8 +16,9 @@ in place of the content would break templates that look at it (`.split('</think>
 """
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from exaone_jax.text.generation import GenerationRules
@@ -55,7 +56,7 @@ def encode_chat(
     Arguments and errors are those of `render_chat`. `template` must be made for this tokenizer.
     """
     request = prepare(messages, template, tools, enable_thinking, template_kwargs)
-    marker = _Marker(tokenizer, template, request)
+    marker = Marker(tokenizer, template, request)
     if not marker.needed:
         text = template.render(request.messages, request.tools, add_generation_prompt, request.kwargs)
         ids = tokenizer.encode(text, allow_special=True)
@@ -75,7 +76,7 @@ def prompt_opens_reasoning(prompt: str, rules: GenerationRules) -> bool:
     return prompt.rfind(rules.reasoning_start) > prompt.rfind(rules.reasoning_end)
 
 
-class _Marker:
+class Marker:
     """Marks the control spellings in the strings of one request."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, request: ChatRequest) -> None:
@@ -95,17 +96,32 @@ class _Marker:
 
     def render(self, add_generation_prompt: bool) -> str:
         """The rendered prompt, marks and all."""
-        strict = self._render(add_generation_prompt, keep_reasoning=False)
-        if not set(self._reasoning) & set(self._spellings):
-            return strict
-        lenient = self._render(add_generation_prompt, keep_reasoning=True)
-        unread = strict.replace(self.mark, "") == lenient.replace(self.mark, "")
-        return strict if unread else lenient
+        request = self._request
+        return self.render_part(request.messages, add_generation_prompt, request.kwargs, self.reads_reasoning)
 
-    def _render(self, add_generation_prompt: bool, keep_reasoning: bool) -> str:
-        messages = [self._mark_message(message, keep_reasoning) for message in self._request.messages]
+    @cached_property
+    def reads_reasoning(self) -> bool:
+        """Whether the template reads the reasoning markers in what the assistant said."""
+        if not set(self._reasoning) & set(self._spellings):
+            return False
+        request = self._request
+        strict, lenient = (
+            self.render_part(request.messages, False, request.kwargs, keep_reasoning).replace(self.mark, "")
+            for keep_reasoning in (False, True)
+        )
+        return strict != lenient
+
+    def render_part(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        kwargs: Mapping[str, Any],
+        keep_reasoning: bool,
+    ) -> str:
+        """Messages of the request, or some of them, rendered with marks."""
+        marked = [self._mark_message(message, keep_reasoning) for message in messages]
         tools = _map_strings(self._request.tools, self._mark_text)
-        return self._template.render(messages, tools, add_generation_prompt, self._request.kwargs)
+        return self._template.render(marked, tools, add_generation_prompt, kwargs)
 
     def _mark_message(self, message: dict[str, Any], keep_reasoning: bool) -> dict[str, Any]:
         marked = {key: _map_strings(value, self._mark_text) for key, value in message.items() if key != "role"}

@@ -6,6 +6,7 @@ of whitespace counts as a control token; added whitespace runs (EXAONE 3.x and 4
 """
 
 import codecs
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -96,6 +97,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of rows an embedding needs for this tokenizer: its highest id plus one."""
         return max(self._full.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of tokenizer.json and of the ids that end a generation: equal ones give equal ids."""
+        return hashlib.sha256(f"{self._raw}\n{self.eos_id} {sorted(self.eos_ids)}".encode()).hexdigest()
 
     @property
     def special_ids(self) -> frozenset[int]:
