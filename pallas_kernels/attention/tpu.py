@@ -114,7 +114,7 @@ def _clear_unseen(
 
     With one array of ids, T == S and no offset each key sees itself, and nothing is to do.
     """
-    offset = jnp.full((k.shape[0],), band.offset, jnp.int32) if offsets is None else offsets
+    offset = jnp.full((k.shape[0],), band.offset or 0, jnp.int32) if offsets is None else offsets
     query = jnp.arange(band.keys) - offset[:, None]  # [B, S]: the query that stands at the key
     seen = query < band.queries
     if window is not None:
@@ -156,13 +156,13 @@ def _beside_queries(
         low, high = before - (band.offset or 0), (band.offset or 0) + band.queries - band.keys
         return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)])
 
-    def traced(x: Array) -> Array:
+    def traced(x: Array, offsets: Array) -> Array:
         wide, size = before + band.queries, before + band.queries
         x = jnp.pad(x, ((0, 0), (wide, wide), *[(0, 0)] * (x.ndim - 2)))
         # Further out than this no query sees a key, and dynamic_slice clips it to that.
         return jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, size))(x, offsets - before + wide)
 
-    take = static if offsets is None else traced
+    take = static if offsets is None else functools.partial(traced, offsets=offsets)
     return take(k), take(v), None if segments is None else (segments[0], take(segments[1]))
 
 

@@ -43,7 +43,7 @@ class Band(NamedTuple):
         """In an index map: the offset of a row of the batch."""
         return offsets[0][row] if self.offset is None else self.offset
 
-    def take_offset(self, refs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    def take_offset(self, refs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         """In a kernel whose first grid dimension is the batch: (the offset, the other arguments)."""
         return (refs[0][pl.program_id(0)], refs[1:]) if self.offset is None else (self.offset, refs)
 

@@ -180,9 +180,7 @@ def test_any_offset(seed, num_queries, num_keys, offsets, window, flash, segment
     """Before every key, after all of them, across the ends; rows that see nothing give zeros."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tpu.tpu_window, "MAX_WINDOW", 0 if flash else 1024)
-        assert_chunk_agrees(
-            seed, num_queries, num_keys, offsets[:1] if static else offsets, window, segmented, static
-        )
+        assert_chunk_agrees(seed, num_queries, num_keys, offsets[:1] if static else offsets, window, segmented, static)
 
 
 def test_one_program_serves_every_offset():
