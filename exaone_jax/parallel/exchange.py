@@ -27,7 +27,7 @@ from exaone_jax.parallel.gather import Parts, gathered
 # the same way only by its rows and never by a timing.
 GATHER_UP_TO = 64
 # Bytes of the largest buffer of one round of `all_to_all`.
-ROUND_BYTES = 2**30
+ROUND_BYTES = 2**29
 
 
 class Layout(NamedTuple):

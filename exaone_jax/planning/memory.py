@@ -13,10 +13,12 @@ from jax.sharding import AbstractMesh, Mesh
 
 from exaone_jax.config import LayerSpec, ModelConfig
 from exaone_jax.parallel import MESH_AXES
-from exaone_jax.parallel.exchange import GATHER_UP_TO
+from exaone_jax.parallel.exchange import GATHER_UP_TO, ROUND_BYTES
 from exaone_jax.planning.inputs import StepInputs, device_bytes
 from exaone_jax.planning.workload import Workload
 from pallas_kernels.linear_cross_entropy.xla import default_chunk_size
+
+_GRADIENT = 4  # bytes of float32
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,19 @@ def estimate(config: ModelConfig, work: Workload, inputs: StepInputs) -> Memory:
     params = device_bytes((inputs.params, inputs.router_biases))
     sizes = _Sizes(device_tokens(work, inputs), mesh.shape["tensor"], mesh.shape["expert"], work.itemsize)
     layers = [_layer(config, layer, sizes) for layer in (*config.layers, *_mtp(config, work))]
-    largest = max(layer.everything for layer in layers)
     gathered = _gathered_weights(config, work, mesh)
     if work.mode != "train":
         logits = 2 * 4 * work.batch * config.vocab_size // _parts(work.batch, mesh)
         scores = _scores(config, work, sizes)
-        temporaries = largest + gathered + logits + scores
+        temporaries = max(layer.everything + layer.exchange for layer in layers) + gathered + logits + scores
         return Memory(params, 0, 0, 0, device_bytes(inputs.kv), temporaries)
     kept = sum(layer.kept[work.remat] for layer in layers)
-    # The backward pass has the layer at work again and the gradients of its parts.
-    backward = 2 * largest
-    temporaries = max(backward + gathered, _loss(config, sizes, mesh))
+    # The backward pass has the layer at work again and the gradients of its parts, those of its weights in float32.
+    backward = max(2 * layer.everything + layer.exchange for layer in layers)
+    backward += gathered + (gathered // work.itemsize * _GRADIENT if mesh.shape["fsdp"] > 1 else 0)
+    # The compiler casts stacked weights once, before the loop over them.
+    cast = params // _GRADIENT * work.itemsize if work.itemsize < _GRADIENT else 0
+    temporaries = cast + max(backward, _loss(config, sizes, mesh))
     return Memory(params, device_bytes(inputs.opt_state), device_bytes(inputs.params), kept, 0, temporaries)
 
 
@@ -77,9 +81,13 @@ def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Bytes that the backward pass of a layer needs: `everything` of it, and `kept` of it by remat policy."""
+    """Bytes that the backward pass of a layer needs: `everything` of it, and `kept` of it by remat policy.
+
+    exchange: around experts of several devices, in a round of tokens forward or backward; nothing of that is kept.
+    """
 
     everything: int
+    exchange: int
     kept: dict[str | None, int]
 
 
@@ -90,13 +98,20 @@ def _layer(config: ModelConfig, layer: LayerSpec, sizes: _Sizes) -> _Layer:
     # Into and out of the norms, projected q, k, v, again after norm and rotation, attention's result.
     attention = tokens * (4 * size + 3 * q + 4 * kv)
     dots = tokens * (2 * size + q + 2 * kv)
+    exchange = 0
     if layer.moe and moe is not None:
         width = moe.intermediate_size // sizes.tensor
         shared = moe.num_shared_experts * width
-        rows = _expert_rows(config, sizes)
-        # Arrived, sorted, gate, up, hidden, answers in two orders; brought home, weighed in float32.
-        feed = rows * (4 * size + 3 * width) + tokens * moe.num_experts_per_tok * 3 * size + 3 * tokens * shared
+        feed = 3 * tokens * shared
         dots += tokens * (2 * shared + size)
+        if sizes.expert == 1:
+            # Sorted, gate, up, hidden, answers in two orders; brought home, weighed in float32.
+            routed = tokens * moe.num_experts_per_tok
+            feed += routed * (4 * size + 3 * width) + routed * 3 * size
+        else:
+            # Tokens, their gradients and the experts', each as sent and by expert; gate, up, hidden and their gradients,
+            # that of hidden in float32.
+            exchange = sizes.itemsize * _round_rows(config, sizes) * (6 * size + 8 * width)
     else:
         width = config.intermediate_size // sizes.tensor
         feed = 3 * tokens * width
@@ -105,6 +120,7 @@ def _layer(config: ModelConfig, layer: LayerSpec, sizes: _Sizes) -> _Layer:
     inputs = sizes.itemsize * tokens * size
     return _Layer(
         everything,
+        exchange,
         {None: everything, "dots": inputs + sizes.itemsize * dots, "full": inputs, "offload": 2 * inputs // 8},
     )
 
@@ -117,6 +133,14 @@ def _expert_rows(config: ModelConfig, sizes: _Sizes) -> int:
     if sizes.tokens <= GATHER_UP_TO:
         return sizes.expert * sizes.tokens * moe.num_experts_per_tok
     return sizes.expert * sizes.tokens * min(moe.num_experts_per_tok, moe.num_experts // sizes.expert)
+
+
+def _round_rows(config: ModelConfig, sizes: _Sizes) -> int:
+    """Of `_expert_rows`, those of one round."""
+    rows = _expert_rows(config, sizes)
+    if sizes.tokens <= GATHER_UP_TO:
+        return rows
+    return -(-rows // -(-rows * config.hidden_size * sizes.itemsize // ROUND_BYTES))
 
 
 def _gathered_weights(config: ModelConfig, work: Workload, mesh: Mesh | AbstractMesh) -> int:

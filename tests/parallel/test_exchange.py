@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from exaone_jax.model.moe import ExpertWeights, Routing, expert_mlp, weighted_sum
 from exaone_jax.parallel import MeshShape, exchange, make_mesh
 from exaone_jax.parallel.gather import Parts
+from tests.parallel.small_model import CONFIG, on_mesh
 
 DEVICES, EXPERTS, SIZE, WIDTH, K = 4, 8, 16, 12, 3
 
@@ -99,3 +101,29 @@ def test_nothing_is_dropped_and_nothing_leaks(monkeypatch):
         out = np.asarray(exchanged(tokens, routing("one", 40), weights(), None, True))
         assert np.isnan(out[7]).all()
         assert np.isfinite(np.delete(out, 7, axis=0)).all()
+
+
+def test_the_shared_expert_does_not_wait_for_the_exchange():
+    """Nor the exchange for it: neither is among what the other is made of, so a scheduler may run both at once."""
+    model = on_mesh("data=2,expert=4")
+    graphdef, params = nnx.split(model.segments[0][1].moe)
+    x, real = jnp.zeros((8, 128, CONFIG.hidden_size)), jnp.ones((8, 128), bool)
+
+    def answer(params, x, real):
+        layer = jax.tree.map(lambda leaf: leaf[0], params)
+        return nnx.merge(graphdef, layer)(x, real, model.placement)[0]
+
+    jaxpr = jax.make_jaxpr(answer)(params, x, real).jaxpr
+    makers = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
+
+    def behind(var) -> list:
+        eqn = makers.get(var) if isinstance(var, jax.extend.core.Var) else None
+        return [] if eqn is None else [eqn, *(each for source in eqn.invars for each in behind(source))]
+
+    both = makers[jaxpr.outvars[0]]
+    assert both.primitive.name == "add"
+    routed, shared = map(behind, both.invars)
+    assert any("ragged_all_to_all" in str(eqn) for eqn in routed)
+    assert not any("shard_map" in eqn.primitive.name for eqn in shared)
+    assert not {id(eqn) for eqn in routed if eqn.invars} & {id(eqn) for eqn in shared if "dot" in str(eqn)}
+    assert sum("dot_general" in str(eqn) for eqn in shared) == 3  # gate, up, down

@@ -42,7 +42,7 @@ CASES = [
 def compiled(case: Case) -> Plan:
     from exaone_jax.planning.compile import compile_for_topology
 
-    config, where = read_config(published()[case.model]), target(case.topology, None, None)
+    config, where = read_config(published(case.model)), target(case.topology, None, None)
     context = min(8192, config.max_position_embeddings)
     work = workload(config, "train", case.batch, context, remat="full")
     plan = make_plan(case.model, config, where, MeshShape.parse(case.mesh), work)
