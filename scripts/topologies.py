@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from exaone_jax.config import ModelConfig, published, published_names, read_config
+from exaone_jax.parallel import MeshShape
 from exaone_jax.planning.chips import CHIPS, Chip, Topology, topologies
 from exaone_jax.planning.compile import Compiled
 from exaone_jax.planning.memory import Memory
-from exaone_jax.planning.plan import Plan, Target, gib, no_slice_holds
+from exaone_jax.planning.plan import Plan, Target, gib, make_plan, no_slice_holds, target
 from exaone_jax.planning.search import candidates, confirmed, least_memory, slices
 from exaone_jax.planning.workload import Workload, workload
 
@@ -99,7 +100,11 @@ def cells() -> list[Cell]:
 
 
 class CompilerFailure(Exception):
-    """libtpu did not come back with an answer."""
+    """libtpu did not come back with an answer, or with one that was not hoped for: of a plan, for a reason."""
+
+    def __init__(self, plan: Plan, reason: str):
+        super().__init__(f"{_named(plan)}: {reason}")
+        self.plan, self.reason = plan, reason
 
 
 def find(cell: Cell, limit: float) -> Row:
@@ -116,6 +121,20 @@ def find(cell: Cell, limit: float) -> Row:
     return {"topology": None, "why": _why_not(cell, chip, config, work), "refused": refused}
 
 
+def compile_given(cell: Cell, limit: float, topology: str, mesh: str, batch: str, remat: str) -> Row:
+    """The row of a plan that was found by hand, where a search would take too long; smaller slices are not ruled out.
+
+    Raises ConfigError where it is no plan of this cell, and CompilerFailure where it does not compile or does not fit.
+    """
+    config, kept = cell.config, None if remat == "none" else remat
+    work = workload(config, cell.work.mode, int(batch), cell.work.context, remat=kept)
+    plan = make_plan(cell.model, config, target(topology, None, None), MeshShape.parse(mesh), work)
+    row, compiled = _compile(plan, limit)
+    if not compiled.fits:
+        raise CompilerFailure(plan, f"needs {_asked(compiled)}")
+    return row | {"given": True, "refused": []}
+
+
 def _first_that_compiles(plans: list[Plan], limit: float, refused: list[str]) -> Row | None:
     answers: list[Row] = []
 
@@ -128,17 +147,16 @@ def _first_that_compiles(plans: list[Plan], limit: float, refused: list[str]) ->
         try:
             tried = confirmed(plans, compiled)
         except CompilerFailure as failure:
-            failed, reason = failure.args
-            refused.append(f"{_named(failed)}: {reason}")
-            plans = [plan for plan in plans if plan.mesh != failed.mesh]
+            refused.append(str(failure))
+            plans = [plan for plan in plans if plan.mesh != failure.plan.mesh]
             continue
-        refused += [
-            f"{_named(plan)}: {gib(plan.memory.total)} of {gib(plan.hbm_bytes or 0)} a device"
-            for plan in tried
-            if not plan.fits
-        ]
+        refused += [f"{_named(plan)}: {_asked(plan)}" for plan in tried if not plan.fits]
         return answers[-1] if tried and tried[-1].fits else None
     return None
+
+
+def _asked(plan: Plan) -> str:
+    return f"{gib(plan.memory.total)} of {gib(plan.hbm_bytes or 0)} a device"
 
 
 def _named(plan: Plan) -> str:
@@ -225,7 +243,7 @@ def _order(cell: Cell) -> tuple[int, int, int]:
 KEPT = (
     "topology", "mesh", "batch", "context", "chunk", "remat", "hbm_bytes_per_chip", "bytes_per_chip", "model_flops",
     "recomputed_flops", "compiled_flops", "collective_bytes", "least_collective_bytes", "bound", "kernels", "compile_seconds",
-    "notes", "why", "refused",
+    "notes", "why", "refused", "given",
 )  # fmt: skip
 
 
@@ -270,6 +288,12 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also cells that are there, from this code")
     parser.add_argument("--jobs", type=int, default=2, help="compiles at once, each up to 6 GB")
     parser.add_argument("--limit", type=float, default=1800, help="seconds of one compile")
+    parser.add_argument(
+        "--given",
+        nargs=4,
+        metavar=("SLICE", "MESH", "BATCH", "REMAT"),
+        help="compile this for the one cell that is named",
+    )
     parser.add_argument("--render", action="store_true", help="only write the page")
     asked = parser.parse_args()
     if not asked.render:
@@ -278,7 +302,12 @@ def main() -> None:
             for cell in cells()
             if cell.model in asked.models and cell.chip in asked.chips and cell.step in asked.steps
         ]
-        fill(wanted, asked.jobs, asked.limit, asked.again)
+        if asked.given is None:
+            fill(wanted, asked.jobs, asked.limit, asked.again)
+        elif len(wanted) == 1:
+            fill(wanted, 1, asked.limit, True, lambda cell, limit: compile_given(cell, limit, *asked.given))
+        else:
+            parser.error(f"--given is of one cell; found {len(wanted)}")
     PAGE.write_text(render(read()))
 
 
@@ -309,7 +338,8 @@ parts of memory, collectives and kernels, are in [topologies.json](topologies.js
 - **prefill**: the last 2,048 tokens of {rows} rows of full context on the cache of the others, as the engine prefills in chunks.
 - **decode**: one token for each of {rows} rows of full context.
 - **FLOPs**: of the compiled program over model FLOPs and what the policy recomputes. Below 1 in decoding where a device has a
-  single row, whose products become sums that are not counted; below 1 in prefill where loops over keys are counted once.
+  single row, whose products become sums that are not counted, and in prefill where a loop over keys is counted once; far above
+  where {rows} rows do not divide over the devices, which then compute some of them more than once.
 - **at least**: the bound on the step's time from published peaks and the bytes that the compiled program sends. No forecast.
 
 ## Smallest slices
@@ -330,7 +360,7 @@ def _slice(row: Row | None) -> str:
         return "not compiled yet"
     if row["topology"] is None:
         return "not found yet" if row["why"].startswith("not found yet") else "none fits"
-    return row["topology"].partition(":")[2]
+    return ("at most " if row.get("given") else "") + row["topology"].partition(":")[2]
 
 
 def _details(rows: dict[Cell, Row]) -> Iterator[str]:
@@ -374,6 +404,8 @@ def _line(cell: Cell, row: Row) -> str:
 def _remarks(cell: Cell, row: Row) -> Iterator[str]:
     if row["topology"] is None:
         yield f"- {cell.step} on {cell.chip}: {row['why']}."
+    elif row.get("given"):
+        yield f"- {cell.step} on {cell.chip}: found by hand; smaller slices are not ruled out."
     for refused in row["refused"]:
         yield f"- {cell.step}, refused: {refused}."
 

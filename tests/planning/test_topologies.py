@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from exaone_jax.config import published_names
+from exaone_jax.errors import ConfigError
 from exaone_jax.parallel import MeshShape
 from exaone_jax.planning.chips import CHIPS, Topology
 from exaone_jax.planning.compile import Compiled
@@ -118,6 +119,27 @@ def test_a_compiler_that_falls_over_is_passed_by(monkeypatch: pytest.MonkeyPatch
     row = topologies.find(cell, 1.0)
     assert meshes[0] != meshes[1] and row["topology"] is not None
     assert "the compiler ended with code -6" in row["refused"][0] and "a device" in row["refused"][1]
+
+
+def test_a_plan_that_is_given(monkeypatch: pytest.MonkeyPatch):
+    cell = topologies.Cell("EXAONE-4.0-1.2B", "v5e", "train")
+    given = ("v5e:2x4", "fsdp=8", "16", "none")
+
+    def compile_one(plan: Plan, limit: float) -> tuple[topologies.Row, Plan]:
+        assert (str(plan.target), plan.mesh.fsdp, plan.work.batch, plan.work.remat) == ("v5e:2x4", 8, 16, None)
+        memory = replace(plan.estimated, temporaries=more, activations=0)
+        return {"topology": str(plan.target)}, replace(plan, compiled=Compiled(memory, None, {}, {}, 0.0, ()))
+
+    monkeypatch.setattr(topologies, "_compile", compile_one)
+    more = 0
+    assert topologies.compile_given(cell, 1.0, *given) == {"topology": "v5e:2x4", "given": True, "refused": []}
+    more = 2**40
+    with pytest.raises(
+        topologies.CompilerFailure, match=r"v5e:2x4, fsdp=8, batch 16, remat none: needs 1,\S+ GiB of 15.75"
+    ):
+        topologies.compile_given(cell, 1.0, *given)
+    with pytest.raises(ConfigError, match="found 8 devices, expected 4"):
+        topologies.compile_given(cell, 1.0, "v5e:2x4", "fsdp=4", "16", "none")
 
 
 def test_a_model_that_no_slice_holds():
