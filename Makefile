@@ -11,7 +11,7 @@ PYTHON ?= $(shell .ci/find-python 3.11 3.12 3.13 2>/dev/null)
 LATEST_PYTHON ?= $(shell .ci/find-python 3.13 3.12 2>/dev/null)
 WORKERS ?= $(shell cores=$$(nproc); echo $$(( cores < 8 ? cores : 8 )))
 ARGS ?=
-# Compiles for TPUs that are not here; those of the kernels take hours: make test-tpu TPU_TESTS=tests/pallas_kernels
+# Compiles for TPUs that are not here; every kernel x chip x shape takes hours: make test-tpu TPU_TESTS=tests/pallas_kernels
 TPU_TESTS ?= tests/planning/test_plan.py tests/planning/test_topologies.py
 
 PIP := -m pip install --quiet --progress-bar off --disable-pip-version-check
@@ -37,6 +37,7 @@ test-latest: $(LATEST_VENV)/.test ## the suite on the newest Python and jax foun
 	$(LATEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-tpu: $(TPU_VENV)/.test ## compiles for TPU slices that are not here, with libtpu (220 MB to download) in an environment of its own
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest tests/pallas_kernels/test_tpu_compiles.py $(ARGS)
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest -m slow $(TPU_TESTS) $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and the type checker

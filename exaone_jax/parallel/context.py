@@ -38,12 +38,10 @@ def _with_neighbours_tail(
         return attention(q, k, v, window=window, segment_ids=ids)
     onward = [(i, i + 1) for i in range(lax.axis_size(axis) - 1)]
     tails = (lax.ppermute(x[:, -before:], axis, onward) for x in (k, v, ids))
-    k, v, ids = (jnp.concatenate([tail, x], axis=1) for tail, x in zip(tails, (k, v, ids), strict=True))
+    k, v, key_ids = (jnp.concatenate([tail, x], axis=1) for tail, x in zip(tails, (k, v, ids), strict=True))
     # The first device was sent zeros.
-    ids = jnp.where((lax.axis_index(axis) == 0) & (jnp.arange(ids.shape[1]) < before), _NO_DOCUMENT, ids)
-    # Empty queries before the real ones: as many queries as keys is what kernels are written for.
-    q = jnp.pad(q, ((0, 0), (before, 0), (0, 0), (0, 0)))
-    return attention(q, k, v, window=window, segment_ids=ids)[:, before:]
+    key_ids = jnp.where((lax.axis_index(axis) == 0) & (jnp.arange(key_ids.shape[1]) < before), _NO_DOCUMENT, key_ids)
+    return attention(q, k, v, window=window, segment_ids=(ids, key_ids), q_offset=before)
 
 
 def _with_all_keys(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Format, Layout
 
 
 class Pages(NamedTuple):
@@ -24,6 +25,16 @@ class Pages(NamedTuple):
     def slots(self) -> int:
         """Positions that a sequence can hold."""
         return self.table.shape[1] * self.page_size
+
+
+def pool_format(sharding: jax.sharding.Sharding, rank: int = 4) -> Format:
+    """The format to allocate a pool of pages with (`rank` 4), or their scales (3): row-major, as the TPU kernel reads it.
+
+    Below a head dimension of 128 XLA's own choice for a TPU is another one, and it would copy the pool at every call.
+    Allocate with `jax.jit(make_pool, out_shardings=pool_format(sharding))`, and give it as the in and out sharding of a
+    step that donates the pool and returns it. On CPU and GPU it is the format that arrays have anyway.
+    """
+    return Format(Layout(tuple(range(rank))), sharding)
 
 
 class Items(NamedTuple):

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -277,25 +278,42 @@ def test_long_contexts_lower_small(window):
     assert len(text.splitlines()) < 2500
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu", "gpu", None])
-@pytest.mark.parametrize("interpret", [False, True])
-@pytest.mark.parametrize("name", ["causal", "window", "all", "dynamic", "segments"])
-def test_every_call_gives_a_result_or_a_reason(implementation, interpret, name):
-    kwargs = {
-        "causal": {},
-        "window": {"window": 3},
-        "all": {"causal": False},
-        "dynamic": {"q_offset": jnp.asarray([1])},
-        "segments": {"segment_ids": jnp.zeros((1, 8), jnp.int32)},
-    }[name]
-    q, k, v = make_inputs(15, 1, 8, 8, 2, 1, 16)
-    run = functools.partial(attention, q, k, v, implementation=implementation, interpret=interpret, **kwargs)
-    if implementation in ("tpu", "gpu") or interpret:
-        reasons = "no GPU here|is for Pallas kernels|no TPU here|head dimensions"
-        with pytest.raises(NotImplementedError, match=f"attention: .* ({reasons})"):
-            run()
-    else:
-        np.testing.assert_allclose(run(), attention(q, k, v, implementation="reference", **kwargs), atol=FP32_ERROR)
+CALLS = {
+    "causal": {},
+    "window": {"window": 3},
+    "all": {"causal": False},
+    "offset": {"q_offset": 1},
+    "traced": {"q_offset": jnp.asarray([1])},
+    "segments": {"segment_ids": jnp.zeros((1, 8), jnp.int32)},
+    "pair": {"segment_ids": (jnp.zeros((1, 8), jnp.int32), jnp.arange(8)[None] // 5)},
+    "keys": {"keys": 5},
+    "dim": {"dim": 16},
+    "float16": {"dtype": jnp.float16},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_gives_a_result_or_a_reason(name):
+    """Every implementation, in the interpreter and out of it: what it returns is right, or it says why it cannot."""
+    call = dict(CALLS[name])
+    shape = (15, 1, 8, call.pop("keys", 8), 2, 1, call.pop("dim", 64), call.pop("dtype", jnp.float32))
+    q, k, v = make_inputs(*shape)
+    wanted = attention(q, k, v, implementation="reference", **call)
+    served = set()
+    for implementation in ("reference", "xla", "tpu", "gpu", None):
+        for interpret in (False, True):
+            try:
+                found = attention(q, k, v, implementation=implementation, interpret=interpret, **call)
+            except NotImplementedError as reason:
+                words = "is for Pallas kernels|no TPU here|no GPU here|are causal|head dimensions|float16"
+                assert re.search(f"^attention: .* ({words})", str(reason))  # noqa: PT017
+                continue
+            served.add((implementation, interpret))
+            # float16 keeps 11 bits of results of O(1).
+            tolerance = 2e-3 if q.dtype == jnp.float16 else FP32_ERROR
+            np.testing.assert_allclose(found.astype(jnp.float32), wanted.astype(jnp.float32), atol=tolerance)
+    on_tpu = set() if name in ("all", "dim", "float16") else {("tpu", True)}
+    assert served == {("reference", False), ("xla", False), (None, False)} | on_tpu
 
 
 def test_the_choice_can_be_asked_and_is_logged_once(caplog, monkeypatch):
