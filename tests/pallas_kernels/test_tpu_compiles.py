@@ -1,4 +1,4 @@
-"""Every TPU kernel x chip x shape of a published model, through the real TPU compiler. No TPU: `make test-tpu-compile`.
+"""Every TPU kernel x chip x shape of a published model, through the real TPU compiler. No TPU: `make test-tpu`.
 
 One chip and a handful of shapes run wherever libtpu is installed; the whole matrix is slow.
 """
@@ -18,7 +18,7 @@ from pallas_kernels.paged_attention import paged_attention, pool_format
 from tests.pallas_kernels.tpu_compiler import TOPOLOGIES, array, compile_for, here, mesh_of
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make test-tpu-compile"),
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make test-tpu"),
     pytest.mark.skipif(
         os.environ.get("JAX_PLATFORMS") != "cpu", reason="needs JAX_PLATFORMS=cpu, or libtpu looks for a TPU"
     ),
