@@ -109,9 +109,12 @@ def _layer(config: ModelConfig, layer: LayerSpec, sizes: _Sizes) -> _Layer:
             routed = tokens * moe.num_experts_per_tok
             feed += routed * (4 * size + 3 * width) + routed * 3 * size
         else:
-            # Tokens, their gradients and the experts', each as sent and by expert; gate, up, hidden and their gradients,
-            # that of hidden in float32.
-            exchange = sizes.itemsize * _round_rows(config, sizes) * (6 * size + 8 * width)
+            # Tokens, their gradients and those of the answers, each as it travels and by expert, what the experts make of
+            # them first in float32; gate, up, hidden and their gradients, some in float32. And beside the sum of the
+            # gradients of the experts' weights those of this round, in float32.
+            rows, local = _round_rows(config, sizes), moe.num_experts // sizes.expert
+            exchange = sizes.itemsize * rows * (8 * size + 4 * width) + 4 * rows * (2 * size + 3 * width)
+            exchange += _GRADIENT * 3 * local * size * width
     else:
         width = config.intermediate_size // sizes.tensor
         feed = 3 * tokens * width
@@ -158,11 +161,12 @@ def _gathered_weights(config: ModelConfig, work: Workload, mesh: Mesh | Abstract
 
 
 def _loss(config: ModelConfig, sizes: _Sizes, mesh: Mesh | AbstractMesh) -> int:
-    """Some float32 copies of a chunk's logits, the head in the compute dtype and its gradient."""
+    """Some float32 copies of a chunk's logits, the head in the compute dtype and its gradients."""
     shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert", "context", "tensor"))
     chunk = min(default_chunk_size(config.vocab_size), sizes.tokens * shards // sizes.tensor)
     head = config.vocab_size * config.hidden_size // sizes.tensor
-    return 3 * 4 * chunk * config.vocab_size // shards + (sizes.itemsize + 4) * head
+    gradients = 1 if config.mtp_layer is None else 2  # of the loss and of that of the multi-token-prediction layer
+    return 3 * 4 * chunk * config.vocab_size // shards + (sizes.itemsize + _GRADIENT * gradients) * head
 
 
 def _scores(config: ModelConfig, work: Workload, sizes: _Sizes) -> int:

@@ -112,7 +112,7 @@ def test_two_devices_of_one_chip_share_its_memory(capsys: pytest.CaptureFixture[
 def test_what_does_not_fit_says_by_how_much_and_what_would(capsys: pytest.CaptureFixture[str]):
     code, out = run_json(capsys, "plan", "EXAONE-4.0-32B", "--chip", "a100-40", "--devices", "8", "--context", "4096")
     assert (code, out["fits"]) == (1, False)
-    assert "GiB too much; 16 x a100-40 would fit with --mesh" in out["shortfall"][0]
+    assert "GiB too much; 32 x a100-40 would fit with --mesh" in out["shortfall"][0]
     code, out = run_json(
         capsys, "plan", "EXAONE-4.0-1.2B", "--chip", "v5e", "--devices", "4", "--batch", "64", "--remat", "none"
     )
