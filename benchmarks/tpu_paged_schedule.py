@@ -1,11 +1,14 @@
 """Counts the cycles of the TPU paged-attention kernel when it decodes, from the schedule that the TPU compiler writes: no TPU.
 
-    python benchmarks/tpu_paged_schedule.py [--chip v6e] [--heads 64 8] [--batch 64] [--context 8192]
+    python benchmarks/tpu_paged_schedule.py [--chip v6e] [--heads 64 8] [--batch 64] [--context 8192] [--rpa 4/1 8/1]
 
 Needs libtpu. The method is `tpu_schedule.py`'s: bundles of every region of the compiler's dump x how often it runs. Which region
 runs how often follows from its depth in the kernel's loops: items (1), blocks (2), pages and tiles (3). Regions of the path
 for long items do not run. Beside the cycles stand the bytes that are moved, and the cycles that those take at
 the memory's published bandwidth and an assumed clock: a decode step should take no longer than its bytes.
+
+`--rpa` counts jax's ragged paged attention beside it, bfloat16 pages of 128 slots without a window (under one it reads the same
+pages), at blocks of so many pages / queries. Its loops are query blocks (1), their sequences (2) and blocks of keys (3).
 
 Left out: waits for copies and for products, and the XLA operations around the kernel.
 """
@@ -21,9 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tpu_schedule import EDGE, TOPOLOGIES, Region, read_regions
+from benchmarks.tpu_schedule import EDGE, KINDS, TOPOLOGIES, Region, read_regions
 
-KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 BYTES_PER_CYCLE = {"v6e": 1640 / 1.75}  # HBM GB/s over GHz; the clock is an assumption
 # (type of the pages, window, slots in a page); a window layer's ring holds 256 slots.
 CASES = [
@@ -69,7 +71,9 @@ def compile_here(args: argparse.Namespace, kv_dtype: str, window: int | None, pa
     with jax.set_mesh(mesh):
         traced = jax.jit(step).trace(q, pages, array((args.batch + 1,), jnp.int32), array((args.batch,), jnp.int32))
         traced.lower(lowering_platforms=("tpu",)).compile()
-    return tpu.make_plan(args.batch, heads // kv_heads, pages, window, 1.0, tiles(KINDS[args.chip]), False)
+    return tpu.make_plan(
+        args.batch, heads // kv_heads, pages, window, 1.0, tiles(KINDS[args.chip], heads // kv_heads, 128), False
+    )
 
 
 def count(regions: list[Region], args: argparse.Namespace, plan: Any, window: int | None, itemsize: int) -> dict:
@@ -97,8 +101,55 @@ def count(regions: list[Region], args: argparse.Namespace, plan: Any, window: in
     return {"cycles": args.batch * each, "tile": products[0].bundles, "bytes": args.batch * moved}
 
 
+def rpa(args: argparse.Namespace, blocks: str) -> dict:
+    """Cycles and bytes of the same decode step in jax's kernel; compiles it with the dump on."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    pages_at_once, queries_at_once = map(int, blocks.split("/"))
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[args.chip]).devices
+    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    (heads, kv_heads), width = args.heads, args.context // 128
+    q = jax.ShapeDtypeStruct((args.batch, heads, 128), jnp.bfloat16, sharding=here)
+    pages = jax.ShapeDtypeStruct((args.batch * width, 128, 2 * kv_heads, 128), jnp.bfloat16, sharding=here)
+    shapes = ((args.batch,), (args.batch, width), (args.batch + 1,), (1,))
+    ints = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=here) for shape in shapes]
+
+    def step(*arrays: Any) -> Any:
+        how = {"num_kv_pages_per_block": pages_at_once, "num_queries_per_block": queries_at_once}
+        return ragged_paged_attention(*arrays, sm_scale=128**-0.5, vmem_limit_bytes=96 * 2**20, **how)
+
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        with jax.set_mesh(mesh):
+            jax.jit(step).trace(q, pages, *ints).lower(lowering_platforms=("tpu",)).compile()
+        bundles = next(b for b in Path(dump).glob("*-ragged_paged*-final_bundles.txt") if "analysis" not in b.name)
+        usage = next(Path(dump).glob("*-ragged_paged*-final_hlo-static-per-bundle-utilization.txt"))
+        regions = read_regions(bundles, usage)
+    products = [r for r in regions if r.mxu > EDGE]
+    if [r.depth for r in products] != [3]:
+        raise ValueError(f"expected products at depth 3 alone, found {[(r.depth, r.bundles) for r in products]}")
+    visits = -(-(args.context - 29) // (pages_at_once * 128))
+    runs = {0: 1, 1: -(-args.batch // queries_at_once), 2: args.batch, 3: args.batch * visits}
+    cycles = sum(r.bundles * runs[r.depth] for r in regions)
+    moved = args.batch * (visits * pages_at_once * 128 * 2 * kv_heads + 2 * heads) * 128 * 2
+    return {"cycles": cycles, "tile": products[0].bundles, "bytes": moved}
+
+
 def one(args: argparse.Namespace) -> None:
     """The child process: compile with the dump on, count, print one line of JSON."""
+    if args.sizes:
+        from pallas_kernels._tuned import shape
+        from pallas_kernels.paged_attention import tuned
+
+        tuned.table()[args.chip][shape(args.heads[0] // args.heads[1], 128)] = tuned.Tiles(*args.sizes)
+    if args.rpa:
+        print(json.dumps(rpa(args, args.rpa[0])))
+        return
     kv_dtype, window, page_size = CASES[args.one]
     with tempfile.TemporaryDirectory() as dump:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
@@ -109,13 +160,29 @@ def one(args: argparse.Namespace) -> None:
         print(json.dumps(count(read_regions(bundles, usage), args, plan, window, itemsize)))
 
 
+def in_child(args: argparse.Namespace, index: int, sizes: Any = None, blocks: str = "") -> dict | None:
+    """What `count` finds for a case, or `rpa` for blocks; None with the reason printed. `sizes`: Tiles if not the table's."""
+    command = [sys.executable, __file__, "--one", str(index), "--chip", args.chip, "--heads", *map(str, args.heads)]
+    command += ["--batch", str(args.batch), "--context", str(args.context)]
+    command += ["--sizes", json.dumps(sizes)] if sizes else []
+    command += ["--rpa", blocks] if blocks else []
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{blocks or CASES[index]}: {done.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", choices=TOPOLOGIES, default="v6e")
     parser.add_argument("--heads", type=int, nargs=2, default=(64, 8), metavar=("QUERY", "KV"))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--rpa", nargs="*", default=[], metavar="PAGES/QUERIES")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
         return one(args)
@@ -124,14 +191,12 @@ def main() -> None:
     )
     print("| pages | window | bundles of a tile | static cycles | MB | cycles of the bytes | cycles / those |")
     print("|---|---|---|---|---|---|---|")
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    for i, (kv_dtype, window, page_size) in enumerate(CASES):
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", str(i)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{kv_dtype} window {window}: {done.stderr.strip()[-800:]}")
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        row = f"| {kv_dtype}, {page_size} slots | {window} | {found['tile']:,} | {found['cycles']:,} |"
+    calls = [(f"{kind}, {slots} slots", window, i, "") for i, (kind, window, slots) in enumerate(CASES)]
+    calls += [(f"bfloat16, 128 slots, jax's at {blocks}", None, 0, blocks) for blocks in args.rpa]
+    for name, window, i, blocks in calls:
+        if (found := in_child(args, i, blocks=blocks)) is None:
+            raise SystemExit(1)
+        row = f"| {name} | {window} | {found['tile']:,} | {found['cycles']:,} |"
         row += f" {found['bytes'] / 1e6:,.0f} |"
         if args.chip in BYTES_PER_CYCLE:
             memory = found["bytes"] / BYTES_PER_CYCLE[args.chip]

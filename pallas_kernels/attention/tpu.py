@@ -74,7 +74,7 @@ class _Plan(NamedTuple):
 
     def kernel(self, group: int, head_dim: int, segmented: bool, backward: bool) -> Any:
         """The kernel module's own plan."""
-        how = (self.scale, segmented, backward, tiles(self.kind), self.interpret)
+        how = (self.scale, segmented, backward, tiles(self.kind, group, head_dim), self.interpret)
         if self.window is not None and self.one_pass:
             return tpu_window.make_plan(self.band, group, head_dim, self.window, *how)
         return tpu_flash.make_plan(self.band, group, head_dim, self.window, *how)
@@ -97,30 +97,29 @@ def attention(
     # Further out nothing changes any more, and no sum overflows.
     offset = (np if static else jnp).clip(q_offset, -queries, keys + (window or 0))
     band = Band(queries, keys, int(offset) if static else None)
-    offsets = None if static else jnp.asarray(offset, jnp.int32)
+    offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), q.shape[:1])
     if band != Band(queries, queries, 0) or (segments is not None and segments[0] is not segments[1]):
         k, v = _clear_unseen(band, window, k, v, offsets, segments)
     plan = _Plan(window, scale, band, device_kind() or "", interpret)
     if plan.sliced and window is not None:
         k, v, segments = _beside_queries(band, tpu_window.look_back(window), k, v, offsets, segments)
-    return _attention(plan, q, k, v, offsets, segments)
+    return _attention(plan, q, k, v, None if static else offsets, segments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _clear_unseen(
-    band: Band, window: int | None, k: Array, v: Array, offsets: Array | None, segments: tuple[Array, Array] | None
+    band: Band, window: int | None, k: Array, v: Array, offsets: Array, segments: tuple[Array, Array] | None
 ) -> tuple[Array, Array]:
     """Zeroes keys that no query of their row of the batch sees: they may hold NaN, and 0 * NaN is NaN.
 
     With one array of ids, T == S and no offset each key sees itself, and nothing is to do.
     """
-    offset = jnp.full((k.shape[0],), band.offset or 0, jnp.int32) if offsets is None else offsets
-    query = jnp.arange(band.keys) - offset[:, None]  # [B, S]: the query that stands at the key
+    query = jnp.arange(band.keys) - offsets[:, None]  # [B, S]: the query that stands at the key
     seen = query < band.queries
     if window is not None:
         seen &= query > -window
     if segments is not None:
-        seen &= _seen_by_id(band, window, offset, segments)
+        seen &= _seen_by_id(band, window, offsets, segments)
     seen = seen[:, :, None, None]
     return jnp.where(seen, k, 0), jnp.where(seen, v, 0)
 
@@ -148,7 +147,7 @@ def _seen_by_id(band: Band, window: int | None, offset: Array, segments: tuple[A
 
 
 def _beside_queries(
-    band: Band, before: int, k: Array, v: Array, offsets: Array | None, segments: tuple[Array, Array] | None
+    band: Band, before: int, k: Array, v: Array, offsets: Array, segments: tuple[Array, Array] | None
 ) -> tuple[Array, Array, tuple[Array, Array] | None]:
     """Keys, values and key ids `offset - before .. offset + T`, zeros where there are none: [B, before + T, ...]."""
 
@@ -156,13 +155,13 @@ def _beside_queries(
         low, high = before - (band.offset or 0), (band.offset or 0) + band.queries - band.keys
         return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)])
 
-    def traced(x: Array, offsets: Array) -> Array:
+    def traced(x: Array) -> Array:
         wide, size = before + band.queries, before + band.queries
         x = jnp.pad(x, ((0, 0), (wide, wide), *[(0, 0)] * (x.ndim - 2)))
         # Further out than this no query sees a key, and dynamic_slice clips it to that.
         return jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, size))(x, offsets - before + wide)
 
-    take = static if offsets is None else functools.partial(traced, offsets=offsets)
+    take = traced if band.offset is None else static
     return take(k), take(v), None if segments is None else (segments[0], take(segments[1]))
 
 

@@ -290,8 +290,8 @@ def forward(
 
 
 def _backward_kernel(plan: Plan, num_blocks: int, *refs: Any) -> None:
-    offset, refs = plan.band.take_offset(refs)
-    q, d_out, lse, shift, k, v, *segments, d_q, d_k, d_v, carry_k, carry_v = refs
+    offset, others = plan.band.take_offset(refs)
+    q, d_out, lse, shift, k, v, *segments, d_q, d_k, d_v, carry_k, carry_v = others
     block = pl.program_id(2)
 
     @pl.when(block == 0)

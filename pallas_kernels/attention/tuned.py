@@ -1,9 +1,12 @@
-"""Tile sizes of the TPU kernels, as data: what `benchmarks/tpu_schedule.py` counted fewest bundles for.
+"""Tile sizes of the TPU kernels: `tuned.json`, by chip and shape, as `benchmarks/tpu_tune.py` found them."""
 
-Keyed by the start of jax's `device_kind`. Counted for bfloat16, head dimension 128, 8 query heads on a kv head, T = 8192.
-"""
-
+import functools
+from pathlib import Path
 from typing import NamedTuple
+
+from pallas_kernels._tuned import find, read_table
+
+TABLE = Path(__file__).with_name("tuned.json")
 
 
 class Tiles(NamedTuple):
@@ -19,20 +22,12 @@ class Tiles(NamedTuple):
     flash_chunk: int  # keys whose gradients the flash backward holds on chip; a multiple of flash_keys
 
 
-# v5p and TPU7x have half the VMEM of v5e and v6e.
-_V6E = Tiles(8192, 4, 2, 2048, 1024, 512, 1024, 8192)
-_TILES = {
-    "TPU v5 lite": _V6E,
-    "TPU v5e": _V6E,
-    "TPU v5": _V6E._replace(flash_chunk=4096),
-    "TPU v6": _V6E,
-    "TPU7": _V6E._replace(flash_chunk=4096),
-}
+@functools.cache
+def table() -> dict[str, dict[str, Tiles]]:
+    """{chip: {shape: Tiles}}. v5p and TPU7x have half the VMEM of v5e and v6e, so their chunks are shorter."""
+    return read_table(TABLE, Tiles)
 
 
-def tiles(device_kind: str) -> Tiles:
+def tiles(device_kind: str, group: int, head_dim: int) -> Tiles:
     """Returns the tile sizes for a device kind as jax names it; v6e's where it is none of the known ones."""
-    for name, found in _TILES.items():
-        if device_kind.startswith(name):
-            return found
-    return _V6E
+    return find(table(), device_kind, group, head_dim)

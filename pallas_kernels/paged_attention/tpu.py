@@ -72,7 +72,7 @@ def paged_attention(
     num_rows, num_heads, head_dim = q.shape
     kv_heads = pages.k.shape[1]
     group = num_heads // kv_heads
-    plan = make_plan(num_rows, group, pages, window, scale, tiles(device_kind() or ""), interpret)
+    plan = make_plan(num_rows, group, pages, window, scale, tiles(device_kind() or "", group, head_dim), interpret)
     items, count = make_items(pages, query_starts, lengths, num_rows, plan.many, window)
     # A number out of range must not become an address.
     pages = pages._replace(table=jnp.clip(pages.table, 0, pages.k.shape[0] - 1))

@@ -1,6 +1,12 @@
-"""Block sizes of the TPU kernel, as data; keyed by the start of jax's `device_kind`."""
+"""Block sizes of the TPU kernel: `tuned.json`, by chip and shape, as `benchmarks/tpu_tune.py` found them."""
 
+import functools
+from pathlib import Path
 from typing import NamedTuple
+
+from pallas_kernels._tuned import find, read_table
+
+TABLE = Path(__file__).with_name("tuned.json")
 
 
 class Tiles(NamedTuple):
@@ -12,20 +18,12 @@ class Tiles(NamedTuple):
     block_bytes: int  # about how many bytes of keys and values are fetched at once: latency times bandwidth, and some
 
 
-# v5p and TPU7x have half the VMEM of v5e and v6e.
-_V6E = Tiles(rows=128, keys=512, block=2048, block_bytes=4 * 2**20)
-_TILES = {
-    "TPU v5 lite": _V6E,
-    "TPU v5e": _V6E,
-    "TPU v5": _V6E._replace(rows=64),
-    "TPU v6": _V6E,
-    "TPU7": _V6E._replace(rows=64),
-}
+@functools.cache
+def table() -> dict[str, dict[str, Tiles]]:
+    """{chip: {shape: Tiles}}. v5p and TPU7x have half the VMEM of v5e and v6e, so their items are shorter."""
+    return read_table(TABLE, Tiles)
 
 
-def tiles(device_kind: str) -> Tiles:
+def tiles(device_kind: str, group: int, head_dim: int) -> Tiles:
     """Returns the block sizes for a device kind as jax names it; v6e's where it is none of the known ones."""
-    for name, found in _TILES.items():
-        if device_kind.startswith(name):
-            return found
-    return _V6E
+    return find(table(), device_kind, group, head_dim)

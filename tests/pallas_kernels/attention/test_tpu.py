@@ -54,7 +54,7 @@ def assert_agree(q, k, v, **kwargs):
 def small_tiles(monkeypatch):
     """Tiles so small that short inputs have several blocks, unrolled steps and chunks of keys."""
     small = tuned.Tiles(512, 2, 2, 256, 256, 128, 256, 256)
-    monkeypatch.setattr(tpu, "tiles", lambda kind: small)
+    monkeypatch.setattr(tpu, "tiles", lambda *_: small)
 
 
 @pytest.mark.parametrize("window", [1, 127, 128, 129, 250, 1000, None])
@@ -264,6 +264,6 @@ def test_without_a_tpu_it_says_so():
 
 def test_tiles_of_every_chip_fit_together():
     for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "something new"):
-        found = tuned.tiles(kind)
+        found = tuned.tiles(kind, 8, 128)
         assert all(size % 128 == 0 for name, size in found._asdict().items() if "unroll" not in name)
         assert found.flash_block % found.flash_keys == 0 and found.flash_chunk % found.flash_keys == 0

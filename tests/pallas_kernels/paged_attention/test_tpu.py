@@ -20,7 +20,7 @@ MIX = [(0, 0), (37, 1), (100, 40), (5, 5), (1, 3), (64, 4), (130, 30), (30, 0), 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that short inputs have several items, blocks, and tiles of a block."""
-    monkeypatch.setattr(tpu, "tiles", lambda kind: tuned.Tiles(16, 128, 256, 2**22))
+    monkeypatch.setattr(tpu, "tiles", lambda *_: tuned.Tiles(16, 128, 256, 2**22))
     forget_compiles()
     yield
     forget_compiles()
@@ -147,7 +147,7 @@ def test_without_a_tpu_it_says_so():
 
 def test_tiles_of_every_chip_fit_together():
     for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "something new"):
-        found = tuned.tiles(kind)
+        found = tuned.tiles(kind, 8, 128)
         assert found.rows % 16 == 0 and found.keys % 128 == 0 and found.block % found.keys == 0
 
 
@@ -158,6 +158,6 @@ def test_blocks_are_whole_tiles_and_pages(kv_heads, page_size):
         *(jax.ShapeDtypeStruct((9, kv_heads, page_size, 80), jnp.float32),) * 2, None, None, jnp.zeros((4, 5))
     )
     for rows, window, kind in ((4, None, "TPU v6 lite"), (13, 128, "TPU v5"), (900, 4096, "TPU7x")):
-        plan = tpu.make_plan(rows, 2, pages, window, 1.0, tuned.tiles(kind), False)
+        plan = tpu.make_plan(rows, 2, pages, window, 1.0, tuned.tiles(kind, 2, 80), False)
         assert plan.keys % plan.tile == plan.tile % page_size == plan.tile % 128 == 0
         assert plan.many == plan.few or (plan.many > plan.few and plan.many % 16 == 0)
