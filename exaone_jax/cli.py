@@ -24,7 +24,6 @@ from exaone_jax.errors import ExaoneError, InputError
 if TYPE_CHECKING:
     from exaone_jax.checkpoints.convert import ConvertReport
     from exaone_jax.model import Transformer
-    from exaone_jax.text import ChatTemplate, Tokenizer
     from exaone_jax.text.response import Event
 
 _REASONING, _ANSWER = "--- reasoning", "--- answer"
@@ -39,6 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+data_app = typer.Typer(no_args_is_help=True, help="Make training data ready.")
+app.add_typer(data_app, name="data")
 convert_app = typer.Typer(no_args_is_help=True, help="Convert checkpoints and compare them.")
 app.add_typer(convert_app, name="convert")
 
@@ -381,6 +382,64 @@ def convert_verify(
         raise typer.Exit(EXIT_CHECK_FAILED)
 
 
+@data_app.command("prepare")
+def data_prepare(
+    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="Files, directories or quoted patterns.")],
+    out: Annotated[Path, typer.Option(help="The directory to make, or to go on with.", show_default=False)],
+    tokenizer: Annotated[
+        Path, typer.Option(help="A checkpoint directory: its tokenizer and chat template.", show_default=False)
+    ],
+    format: Annotated[
+        Literal["auto", "jsonl", "parquet", "arrayrecord", "text", "dataset"],
+        typer.Option(help="Of the sources; auto goes by their names."),
+    ] = "auto",
+    text_column: Annotated[str, typer.Option(help="The column of plain documents.")] = "text",
+    control_tokens: Annotated[
+        bool, typer.Option("--control-tokens", help="Control tokens spelled in plain documents are those tokens.")
+    ] = False,
+    template_kwarg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=BOOL", help="For the chat template, as skip_think=false; may be given again."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores if not given.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run on a Ray cluster instead: its address, auto or local."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tokenise training data once, into ArrayRecord. A run that was killed goes on where it was."""
+    from exaone_jax.config.data import SourceConfig
+    from exaone_jax.data.prepare import prepare
+
+    if "" in sources:
+        raise InputError("SRC: empty; expected a file, a directory or a pattern")
+    options = {"format": format, "text_column": text_column, "control_tokens": control_tokens}
+    chosen = [SourceConfig.model_validate({"path": path, **options}) for path in sources]
+    kwargs = dict(map(_template_kwarg, template_kwarg or ()))
+    with _progress("tokenising", not as_json) as on_progress:
+        report = prepare(
+            chosen, out, tokenizer, chat_template_kwargs=kwargs, workers=workers, ray=ray, on_progress=on_progress
+        )
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    counts, before = report.counts, f", {report.skipped} of them from an earlier run" if report.skipped else ""
+    _print(
+        f"{report.out}: {counts.documents:,} documents, {counts.tokens:,} tokens ({counts.learnt_tokens:,} to be learnt) in "
+        f"{report.shards} shards{before}"
+    )
+    if counts.reasoning_dropped:
+        _say(f"note: the chat template left the reasoning out of {counts.reasoning_dropped:,} turns")
+
+
+def _template_kwarg(text: str) -> tuple[str, bool]:
+    name, _, value = text.partition("=")
+    if value not in ("true", "false"):
+        raise InputError(f"--template-kwarg {text!r}: expected NAME=true or NAME=false")
+    return name, value == "true"
+
+
 @contextmanager
 def _progress(what: str, shown: bool) -> Generator[Callable[[int, int], None] | None]:
     """A bar in bytes on stderr, for people at a terminal."""
@@ -542,6 +601,7 @@ def chat(
     """
     from exaone_jax.inference.sampling import sampling_params
     from exaone_jax.inference.text import recommended_sampling, stream_chat, tokenizer_of
+    from exaone_jax.text import ChatTemplate
 
     given = {
         "temperature": temperature,
@@ -558,7 +618,7 @@ def chat(
     model = _load(checkpoint, dtype, mesh)
     params = sampling_params(**fields, **(recommended_sampling(model) | given))
     tokenizer, drafts = tokenizer_of(model), _draft_tokens(model, mtp)
-    template = _chat_template(checkpoint, tokenizer)
+    template = ChatTemplate.for_checkpoint(checkpoint, tokenizer)
     opening = [{"role": "system", "content": system}] if system is not None else []
     messages = list(opening)
     failed = 0
@@ -587,15 +647,6 @@ def _fail_turn(error: InputError, as_json: bool) -> int:
     else:
         _say(f"error: {error} (/clear starts anew)")
     return error.exit_code
-
-
-def _chat_template(checkpoint: Path, tokenizer: "Tokenizer") -> "ChatTemplate":
-    from exaone_jax.text import ChatTemplate, detect_generation
-
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))  # loading the model has checked it
-    own = tokenizer.chat_templates.get("default")
-    generation = detect_generation(config, template=own, tokens=tokenizer.control_tokens)
-    return ChatTemplate.for_tokenizer(tokenizer, generation)
 
 
 def _turns() -> Iterator[bytes]:

@@ -1,14 +1,16 @@
 """Packing documents of any length into rows of one length."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import jax
 import numpy as np
 
 from exaone_jax.errors import InputError
 
-Array = np.ndarray | jax.Array
+if TYPE_CHECKING:
+    import jax  # not when it runs: the processes that tokenise need none
+
+    Array: TypeAlias = np.ndarray | jax.Array
 
 
 class PackedRows(NamedTuple):
@@ -19,9 +21,9 @@ class PackedRows(NamedTuple):
     loss_mask: bool `[N, T]`, which tokens are to be predicted; None: all.
     """
 
-    tokens: Array
-    segment_ids: Array
-    loss_mask: Array | None = None
+    tokens: "Array"
+    segment_ids: "Array"
+    loss_mask: "Array | None" = None
 
 
 def pack(documents: Iterable[np.ndarray], length: int, pad_id: int) -> PackedRows:

@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from exaone_jax.config.data import DataConfig, SourceConfig
@@ -279,5 +278,7 @@ def batches(
     chosen = range(batch_size)[slice(None) if local is None else local] if not isinstance(local, Sequence) else local
     if not chosen or not all(0 <= row < batch_size for row in chosen):
         raise InputError(f"local: expected rows from 0 to {batch_size - 1}, found {list(chosen)}")
+    import grain  # here, because it brings jax, which the processes that tokenise need not load
+
     source = grain.MapDataset.source(_Batches(rows, start, batch_size, chosen))
     return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))

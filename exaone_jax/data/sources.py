@@ -16,7 +16,10 @@ from exaone_jax.errors import ConfigError, InputError
 
 FileFormat = Literal["jsonl", "parquet", "arrayrecord", "text", "arrow"]
 PART_BYTES = 64 << 20
-MANIFEST = "manifest.json"  # of a directory that `exaone-jax data prepare` wrote
+JOB, MANIFEST = (
+    "job.json",
+    "manifest.json",
+)  # of a directory that `exaone-jax data prepare` writes: its first file and its last
 _SUFFIXES: Mapping[str, FileFormat] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -80,8 +83,11 @@ class Part:
 
 
 def is_prepared(path: str) -> bool:
-    """Whether `exaone-jax data prepare` wrote this directory."""
-    return (Path(path) / MANIFEST).is_file()
+    """Whether `exaone-jax data prepare` wrote this directory. Raises ConfigError where it did not come to the end."""
+    directory = Path(path)
+    if (directory / JOB).is_file() and not (directory / MANIFEST).is_file():
+        raise ConfigError(f"{path}: `exaone-jax data prepare` has not finished it; run the same command again")
+    return (directory / MANIFEST).is_file()
 
 
 def files_of(source: SourceConfig) -> list[tuple[Path, FileFormat]]:

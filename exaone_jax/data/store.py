@@ -78,13 +78,13 @@ class PreparedStore:
             if size != shard["bytes"]:
                 found = "missing" if size is None else f"{size:,} bytes"
                 raise ConfigError(f"{file}: {found}; the manifest says {shard['bytes']:,} bytes")
-        self.lengths = np.concatenate([self._lengths(shard) for shard in self._shards])
+        self.lengths = np.concatenate([np.zeros(0, np.int32), *(self._lengths(shard) for shard in self._shards)])
         self._ends = np.cumsum([shard["documents"] for shard in self._shards])
         self._readers: dict[int, Any] = {}
         self._lock = threading.Lock()
         self.counts = Counts(**manifest["counts"])
         self.has_masks = manifest["has_masks"]
-        self.fingerprint = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
+        self.fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()
 
     def __getitem__(self, number: int) -> Document:
         place = int(np.searchsorted(self._ends, number, side="right"))

@@ -6,11 +6,13 @@ and from this package, never from a request; a request's keyword arguments pass 
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,8 +23,9 @@ import jinja2.parser
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from exaone_jax.config.hf import read_raw_config
 from exaone_jax.errors import CheckpointError, InputError
-from exaone_jax.text.generation import RULES, Generation, GenerationRules
+from exaone_jax.text.generation import RULES, Generation, GenerationRules, detect_generation
 from exaone_jax.text.messages import check_messages, check_tools
 from exaone_jax.text.tokenizer import Tokenizer
 
@@ -68,6 +71,18 @@ class ChatTemplate:
             found = ", ".join(sorted(tokenizer.chat_templates))
             raise CheckpointError(f"chat template {name!r}: not in the checkpoint, which has {found}")
         return cls(tokenizer.chat_templates[name], Generation(generation), tokenizer.named_tokens)
+
+    @classmethod
+    def for_checkpoint(cls, directory: str | os.PathLike[str], tokenizer: Tokenizer) -> "ChatTemplate":
+        """The template of a checkpoint directory, whose config.json tells the generation.
+
+        Raises:
+          ConfigError: config.json is missing, or not of an EXAONE language model.
+          CheckpointError: as `for_tokenizer`.
+        """
+        own = tokenizer.chat_templates.get("default")
+        config = read_raw_config(Path(directory))
+        return cls.for_tokenizer(tokenizer, detect_generation(config, template=own, tokens=tokenizer.control_tokens))
 
     @property
     def rules(self) -> GenerationRules:
