@@ -35,7 +35,7 @@ def write(directory: Path) -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(400), 1.2, DOCUMENTS), 1, 200_000).astype(np.int32)
     file = directory / "shard-00000.array_record"
-    writer = ArrayRecordWriter(str(file), "group_size:1")
+    writer = ArrayRecordWriter(str(file), "group_size:1,zstd:1")
     for length in lengths:
         writer.write(pack_document(Document(rng.integers(0, VOCABULARY, length, np.int32), None)))
     writer.close()

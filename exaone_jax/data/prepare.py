@@ -122,7 +122,7 @@ def write_shard(job: Job, shard: Shard) -> int:
     counts, lengths, has_masks = Counts(), [], False
     with _partial(job.out / f"{shard.name}.array_record") as file:
         with _write_errors(file):
-            writer = ArrayRecordWriter(str(file), "group_size:1")
+            writer = ArrayRecordWriter(str(file), "group_size:1,zstd:1")  # as small as zstd:3 on token ids
         encoder = Encoder(tokenizer, template, shard.source, job.chat_template_kwargs)
         for document in encoder.documents(shard.part.records(), counts):
             with _write_errors(file):

@@ -80,7 +80,7 @@ class PackedSource:
         self._block_size = min(max(1, per_block), _BLOCK_DOCUMENTS)
         self._rows_of_block = lru_cache(maxsize=16)(self._pack)
         blocks = range(-(-len(lengths) // self._block_size))
-        self._rows_in_block = np.array([len(self._pack(block)) for block in blocks], np.int64)
+        self._rows_in_block = np.array([self._count(block) for block in blocks], np.int64)
         self._order_of = lru_cache(maxsize=4)(self._order)
         self.rows = int(self._rows_in_block.sum())
 
@@ -104,21 +104,37 @@ class PackedSource:
         return order, np.cumsum(self._rows_in_block[order])
 
     def _pack(self, block: int) -> list[list[Piece]]:
-        """The rows of a block."""
+        """The rows of a block: the pieces that fill one by themselves, then those that share."""
+        numbers, full, rest = self._deal(block)
+        rows = [
+            [Piece(number, i * self._length, self._length)]
+            for number, pieces in zip(numbers.tolist(), full.tolist(), strict=True)
+            for i in range(pieces)
+        ]
+        shared = np.flatnonzero(rest)
+        starts, sizes = (full[shared] * self._length).tolist(), rest[shared].tolist()
+        ends = [Piece(*piece) for piece in zip(numbers[shared].tolist(), starts, sizes, strict=True)]
+        return rows + [[ends[i] for i in row] for row in self._share(sizes)]
+
+    def _count(self, block: int) -> int:
+        """How many rows a block has."""
+        _, full, rest = self._deal(block)
+        return int(full.sum()) + len(self._share(rest[rest > 0].tolist()))
+
+    def _share(self, sizes: list[int]) -> Sequence[Sequence[int]]:
+        return best_fit(sizes, self._length) if self._best_fit else [(i,) for i in range(len(sizes))]
+
+    def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each document of a block: its number, how many rows it fills, and the tokens it has besides."""
         total = len(self._store.lengths)
         numbers = np.arange(block * self._block_size, min((block + 1) * self._block_size, total))
         if self._seed is not None:
             numbers = permuted(numbers, total, *self._seed)
         lengths = self._store.lengths[numbers]
-        kept = self._kept(lengths)
-        pieces = [
-            Piece(number, start, min(size - start, self._length))
-            for number, size in zip(numbers[kept].tolist(), lengths[kept].tolist(), strict=True)
-            for start in range(0, size if self._overlong == "split" else min(size, 1), self._length)
-        ]
-        if not self._best_fit:
-            return [[piece] for piece in pieces]
-        return [[pieces[i] for i in row] for row in best_fit([piece.size for piece in pieces], self._length)]
+        numbers, lengths = numbers[self._kept(lengths)], lengths[self._kept(lengths)]
+        return numbers, *np.divmod(
+            lengths if self._overlong == "split" else np.minimum(lengths, self._length), self._length
+        )
 
     def _kept(self, lengths: np.ndarray) -> np.ndarray:
         return (lengths > 0) & ((lengths <= self._length) | (self._overlong != "drop"))
@@ -133,7 +149,7 @@ class Rows:
     """`rows[i]` is row i, PackedRows `[T]`.
 
     For training it has no end: sources take their places by weight, each over and over, every time in another order. For
-    evaluation the sources follow one another in the order of their files, and what comes after is padding.
+    evaluation the sources follow one another, each once, and what comes after is padding.
 
     Attributes:
       rows_per_epoch, tokens_per_epoch: of all sources, each once.
