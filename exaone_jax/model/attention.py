@@ -65,6 +65,19 @@ def _attend_cached(
     return step.attend(q, k, v, window), step.layer
 
 
+def _put(index: jax.Array, slot: jax.Array, stacked: jax.Array, new: jax.Array) -> jax.Array:
+    """new `[B, C, K, head_dim]` into the slots `[B, C]` of one layer of stacked `[R, B, K, slots, head_dim]`."""
+    row = jnp.arange(new.shape[0])[:, None]
+    return stacked.at[index, row, :, slot].set(new, mode="drop", unique_indices=True)
+
+
+def _put_by_head(index: jax.Array, slot: jax.Array, stacked: jax.Array, new: jax.Array) -> jax.Array:
+    """The same. A TPU lays what one index writes side by side: were that all heads, it would copy the whole cache into such a
+    layout and back. A CPU writes index after index, and wants few."""
+    row, head = jnp.arange(new.shape[0])[:, None, None], jnp.arange(new.shape[2])
+    return stacked.at[index, row, head, slot[..., None]].set(new, mode="drop", unique_indices=True)
+
+
 @dataclasses.dataclass
 class _CachedStep:
     """The work of `Cached`, on one device's part."""
@@ -94,13 +107,9 @@ class _CachedStep:
         offsets = jnp.arange(k.shape[1])
         slot = (self.lengths[:, None] + offsets) % size
         slot = jnp.where(offsets < self.valid[:, None], slot, size)  # out of range: dropped by the scatter
-        row = jnp.arange(k.shape[0])[:, None]
-        self.layer = LayerKV(
-            *(
-                stacked.at[self.index, row, :, slot].set(new.astype(stacked.dtype), mode="drop", unique_indices=True)
-                for stacked, new in zip(self.layer, (k, v), strict=True)
-            )
-        )
+        put = partial(jax.lax.platform_dependent, self.index, slot, cpu=_put, default=_put_by_head)
+        k, v = (put(stacked, new.astype(stacked.dtype)) for stacked, new in zip(self.layer, (k, v), strict=True))
+        self.layer = LayerKV(k, v)
 
     def _window_before(self, window: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Keys and values `[B, P, K, head_dim]` of the P = W-1 positions before the new tokens, and which exist.

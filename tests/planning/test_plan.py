@@ -313,6 +313,16 @@ def test_the_compiler_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 @WITH_LIBTPU
+def test_decoding_does_not_copy_its_cache(capsys: pytest.CaptureFixture[str]):
+    """Two key-value heads on a device, of 64: the shape in which a write of all heads at once copied the cache twice a step."""
+    arguments = "EXAONE-4.0-1.2B --topology v6e:2x2 --mesh tensor=4 --mode decode --batch 8"
+    code, out = run_json(capsys, "plan", *arguments.split())
+    assert code == 0
+    assert out["bytes_per_chip"]["temporaries"] < 0.01 * out["bytes_per_chip"]["kv"]
+
+
+@pytest.mark.slow
+@WITH_LIBTPU
 def test_compiled_for_a_tpu(capsys: pytest.CaptureFixture[str]):
     """EXAONE 4.0 1.2B on the smallest slice of eight chips: half a minute to some minutes."""
     code, out = run_json(capsys, "plan", "EXAONE-4.0-1.2B", "--topology", "v6e:2x4", "--context", "4096")
