@@ -70,6 +70,11 @@ class Placement(Protocol):
         """`dot(x, weight)` for a weight `[out, in]` of which `in` is a logical axis."""
         ...
 
+    def over_vocab(self, run: Callable[..., jax.Array], each: tuple[jax.Array, ...], table: jax.Array) -> jax.Array:
+        """`run(*each, table, axis)` -> `[B, T, ...]` as `per_token`; run sees a part of the table `[V, D]`, its words in the
+        order of the mesh axis `axis`, or all of it and axis None, with values of the dtype of the first of each."""
+        ...
+
     def answer(self, experts: "Experts", x: jax.Array, routing: "Routing") -> jax.Array:
         """The weighted answers of each token's experts: x `[B, T, D]`, routing `[B, T, ...]` -> `[B, T, D]`."""
         ...
@@ -114,6 +119,9 @@ class OneDevice:
 
     def contract(self, x: jax.Array, weight: jax.Array, axis: str) -> jax.Array:
         return dot(x, weight)
+
+    def over_vocab(self, run: Callable[..., jax.Array], each: tuple[jax.Array, ...], table: jax.Array) -> jax.Array:
+        return run(*each, table, None)
 
     def answer(self, experts: "Experts", x: jax.Array, routing: "Routing") -> jax.Array:
         tokens, routing = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, routing))

@@ -161,6 +161,20 @@ class MeshPlacement:
     def contract(self, x: jax.Array, weight: jax.Array, axis: str) -> jax.Array:
         return dot_rounding_parts(x, weight) if self._split(weight.shape[1], axis) else dot(x, weight)
 
+    def over_vocab(self, run: Callable[..., jax.Array], each: tuple[jax.Array, ...], table: jax.Array) -> jax.Array:
+        """Of the table only the parts of its `embed` dimension are gathered: no device sees another's words."""
+        tokens, words = self.spec(each[0].shape[:2], ACTIVATIONS[:2]), self.spec(table.shape, ("vocab", "embed"))
+        axis, parts = (
+            _only(self._split(table.shape[0], "vocab"), "vocab"),
+            Parts(self._split(table.shape[1], "embed"), 1),
+        )
+        dtype = each[0].dtype
+
+        def local(table: jax.Array, *each: jax.Array) -> jax.Array:
+            return run(*each, gathered(table, parts, dtype), axis)
+
+        return self._map(local, (words, *(tokens,) * len(each)), tokens)(table, *each)
+
     def answer(self, experts: Experts, x: jax.Array, routing: Routing) -> jax.Array:
         axis = _only(self._split(len(experts.gate_proj[...]), "experts"), "experts")
         tokens = self.spec(x.shape, ACTIVATIONS)

@@ -89,15 +89,19 @@ def whole(batch: PackedRows) -> Whole:
 
 
 def token_loss(model: Transformer, hidden: jax.Array, to: Targets, z_loss: float = 0.0) -> TokenLoss:
-    """Cross-entropy of the targets under hidden states `[B, T, D]` (after the final norm); no logits are kept."""
+    """Cross-entropy of the targets under hidden states `[B, T, D]` (after the final norm); no logits are kept, and of the
+    vocabulary every device multiplies its own words."""
 
-    def losses(hidden: jax.Array, labels: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
+    def losses(
+        hidden: jax.Array, labels: jax.Array, mask: jax.Array, weight: jax.Array, vocab_axis: str | None
+    ) -> jax.Array:
         rows = hidden.reshape(-1, hidden.shape[-1])
-        loss, _ = linear_cross_entropy(rows, weight, labels.reshape(-1), mask=mask.reshape(-1), z_loss=z_loss)
+        loss, _ = linear_cross_entropy(
+            rows, weight, labels.reshape(-1), mask=mask.reshape(-1), z_loss=z_loss, axis_name=vocab_axis
+        )
         return loss.reshape(labels.shape)
 
-    head = (model.head_weight(), ("vocab", "embed"))
-    total = jnp.sum(model.placement.per_token(losses, (hidden, *to), (head,)))
+    total = jnp.sum(model.placement.over_vocab(losses, (hidden, *to), model.head_weight()))
     return TokenLoss(total, jnp.sum(to.mask, dtype=jnp.float32))
 
 

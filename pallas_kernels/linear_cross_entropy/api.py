@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels._select import choose
 from pallas_kernels.linear_cross_entropy import gpu, reference, tpu, xla
 
-# No kernel of "tpu" or "gpu" exists yet: None takes "xla" on every backend.
-_ORDER = ("xla",)
+_CHOOSES_TILES = "its tiles fit the chip and it takes no chunk_size"
 
 
 def linear_cross_entropy(
@@ -19,7 +19,9 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     chunk_size: int | None = None,
+    axis_name: str | None = None,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The negative log-likelihood of each row's label under softmax(x @ weight.T), and the row's log-sum-exp.
 
@@ -28,17 +30,23 @@ def linear_cross_entropy(
     ignore_index; elsewhere loss, lse and gradients are zero whatever the row holds. There is no mean: divide by what you
     count.
 
+    With axis_name, inside `jax.shard_map(..., check_vma=False)`, every device of that mesh axis has an equal part of the
+    vocabulary, in the axis's order, and the same x and labels. Three numbers a row cross the axis: the maximum, the sum and the
+    label's logit. Each device's gradient of x is its part of the sum over the axis, as the transpose of shard_map adds up.
+
     Args:
       x: `[M, D]` float32 or bfloat16.
-      weight: `[V, D]` float32 or bfloat16; it multiplies in x's dtype, and its gradient is summed in
-        float32 and given in its own.
+      weight: `[V, D]` float32 or bfloat16, this device's `[V / devices, D]` with axis_name. It multiplies in x's
+        dtype, and its gradient is summed in float32 and given in its own.
       labels: `[M]` integers. One that counts and is outside [0, V) makes its row's loss NaN: a traced value cannot
         raise.
       mask: `[M]` bool or integers (nonzero counts), or None for every row.
       z_loss: coefficient, >= 0.
       ignore_index: the label of rows that do not count.
       chunk_size: "xla": rows whose logits are in memory at a time; by default as many as have 256 MiB of them.
-      implementation: "reference" (whole logits), "xla" (chunks of rows), "tpu", "gpu", or None to choose.
+      axis_name: the mesh axis over which the vocabulary is split, or None.
+      implementation: "reference" (whole logits), "xla" (chunks of rows), "tpu" (tiles on chip), "gpu", or None to choose.
+      interpret: run a Pallas implementation in the interpreter; the others ignore it.
 
     Returns:
       (loss float32 `[M]`, lse float32 `[M]`), both differentiable in x and weight (reverse mode).
@@ -56,16 +64,33 @@ def linear_cross_entropy(
         z_loss=z_loss,
         ignore_index=ignore_index,
         chunk_size=chunk_size,
+        axis_name=axis_name,
         implementation=implementation,
+        interpret=interpret,
     )
     counts = labels != ignore_index
     if mask is not None:
         counts &= mask.astype(bool)
     if x.shape[0] == 0:
         return jnp.zeros((0,), jnp.float32), jnp.zeros((0,), jnp.float32)
-    if name == "reference":
-        return reference.linear_cross_entropy(x, weight, labels, counts, z_loss)
-    return xla.linear_cross_entropy(x, weight, labels, counts, z_loss, chunk_size)
+    first, vocab = 0, weight.shape[0]
+    if axis_name is not None:
+        first, vocab = lax.axis_index(axis_name) * vocab, vocab * lax.axis_size(axis_name)
+    # Masked here, so that nothing of a row that does not count reaches a gradient.
+    rows, own = jnp.where(counts[:, None], x, 0), labels.astype(jnp.int32) - first
+    if name == "tpu":
+        lse, at_label = tpu.lse_and_label(rows, weight, own, interpret)
+    elif name == "reference":
+        lse, at_label = reference.lse_and_label(rows, weight, own)
+    else:
+        lse, at_label = xla.lse_and_label(rows, weight, own, chunk_size)
+    if axis_name is not None:
+        greatest = lax.pmax(lax.stop_gradient(lse), axis_name)
+        lse = greatest + jnp.log(lax.psum(jnp.exp(lse - greatest), axis_name))
+        at_label = lax.psum(at_label, axis_name)
+    known = (labels >= 0) & (labels < vocab)
+    loss = lse - jnp.where(known, at_label, jnp.nan) + z_loss * lse**2
+    return jnp.where(counts, loss, 0), jnp.where(counts, lse, 0)
 
 
 def choose_implementation(
@@ -77,18 +102,20 @@ def choose_implementation(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     chunk_size: int | None = None,
+    axis_name: str | None = None,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> str:
     """The name of the implementation that `linear_cross_entropy` would run; the same arguments and errors."""
-    del ignore_index
+    del ignore_index, axis_name
     _check(x, weight, labels, mask, z_loss, chunk_size)
     reasons = {
         "reference": None if chunk_size is None else "it has the whole logits in memory and takes no chunk_size",
         "xla": None,
-        "tpu": tpu.unsupported(),
+        "tpu": _CHOOSES_TILES if chunk_size is not None else tpu.unsupported(x, weight, interpret=interpret),
         "gpu": gpu.unsupported(),
     }
-    return choose("linear_cross_entropy", implementation, reasons, order=_ORDER)
+    return choose("linear_cross_entropy", implementation, reasons)
 
 
 def _check(

@@ -27,7 +27,7 @@ def value_and_gradients(x, weight, labels, grads, **options) -> list[np.ndarray]
     return [np.asarray(a, np.float32) for a in _value_and_gradients(x, weight, labels, grads, **options)]
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "z_loss", "ignore_index", "chunk_size"))
+@functools.partial(jax.jit, static_argnames=("implementation", "z_loss", "ignore_index", "chunk_size", "interpret"))
 def _value_and_gradients(x, weight, labels, grads, **options):
     out, pull = jax.vjp(lambda x, weight: linear_cross_entropy(x, weight, labels, **options), x, weight)
     return *out, *pull(grads)
@@ -162,6 +162,31 @@ def test_the_published_vocabulary_in_default_chunks():
     # 153,600 terms in each sum: float32 sums of that length, blocked as XLA's are, are off by a few 1e-6.
     assert_close([*(a[rows] for a in found[:3]), found[3]], truth, 2e-5)
     assert [int((a != 0).any(axis=-1).sum()) for a in (found[0][:, None], found[2])] == [6, 6]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_a_split_vocabulary_is_that_of_one_device(implementation: str, z_loss: float):
+    """Rows over two devices, words over four: loss, lse and both gradients, with labels of every device, of none and ignored."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x, weight, labels, grads = operands(32, 128, 512)
+    weight, labels = weight / 8, labels.at[3].set(IGNORED)
+    options = {"implementation": implementation, "z_loss": z_loss, "interpret": True}
+    rows, words = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec("tensor")
+
+    def run(x, weight):
+        local = functools.partial(linear_cross_entropy, axis_name="tensor", **options)
+        split = jax.shard_map(local, mesh=mesh, in_specs=(rows, words, rows), out_specs=rows, check_vma=False)
+        return split(x, weight, labels)
+
+    out, pull = jax.jit(lambda x, weight, grads: (lambda out, pull: (out, pull(grads)))(*jax.vjp(run, x, weight)))(
+        x, weight, grads
+    )
+    truth = exact(x, weight, labels, grads, z_loss=z_loss)
+    assert_close([np.asarray(a) for a in (*out, *pull)], truth, 2e-5)
+    outside = jax.jit(lambda: run(x, weight))
+    labels = labels.at[0].set(512).at[17].set(-1)
+    assert np.flatnonzero(np.isnan(outside()[0])).tolist() == [0, 17]
 
 
 def test_no_rows():
