@@ -68,8 +68,8 @@ def measure(kind: str, num_groups: int, num_rows: int, dtype: jnp.dtype, rounds:
     nn, nt, tn = (jax.jit(functools.partial(dense, axes=axes)) for axes in ((1, 0), (1, 1), (0, 0)))
     forward = jax.jit(functools.partial(grouped_matmul, transpose_rhs=True, implementation="xla"))
     # The two gradients apart, as the backward pass runs them.
-    dx = jax.jit(lambda g, r, s: xla._product(g, r, s, dtype, False))
-    dw = jax.jit(lambda a, g, s: xla._outer(g, a, s, dtype))
+    dx = jax.jit(lambda g, r, s: xla.product(g, r, s, None, False, dtype))
+    dw = jax.jit(lambda a, g, s: xla.outer(g, a, s, None, dtype))
     zeros = jax.jit(lambda value: jnp.zeros(rhs.shape, dtype) + value)
     calls: dict[str, Callable[[], object]] = {
         "nt": lambda: nt(x, w),

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 
 
 def grouped_matmul(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool, out_dtype: jnp.dtype
+    lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, first: jax.Array | None, transpose_rhs: bool, out_dtype: jnp.dtype
 ) -> jax.Array:
-    """lhs `[M, K]`, rhs `[G, K, N]` or `[G, N, K]`, group_sizes int32 `[G]` -> `[M, N]`; G times the work it needs."""
+    """lhs `[M, K]`, rhs `[G, K, N]` or `[G, N, K]`, sizes int32 `[G]` of the groups from row `first` on -> `[M, N]`; G times
+    the work it needs."""
     rhs = jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs
-    ends = jnp.cumsum(jnp.maximum(group_sizes, 0))
-    starts = ends - jnp.maximum(group_sizes, 0)
+    ends = jnp.cumsum(sizes) if first is None else first + jnp.cumsum(sizes)
+    starts = ends - sizes
     rows = jnp.arange(lhs.shape[0])
 
     def one_group(out: jax.Array, group: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.grouped_matmul.quantized import QuantizedRhs, dequantize
+
 _SIZES = (8, 32, 128, 512)
 _BATCH = 4
 # Measured, in units of a row's arithmetic: what a tile (copying and packing its matrix) or a head costs beside its rows.
@@ -52,18 +54,27 @@ class Batch(NamedTuple):
     mine: jax.Array
 
 
-def product(x: jax.Array, rhs: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype, transposed: bool) -> jax.Array:
-    """x `[M, K]` times rhs `[G, K, N]` or, transposed, `[G, N, K]` -> `[M, N]`."""
+def product(
+    x: jax.Array,
+    rhs: jax.Array | QuantizedRhs,
+    sizes: jax.Array,
+    first: jax.Array | None,
+    *,
+    out_dtype: jnp.dtype,
+    transposed: bool,
+) -> jax.Array:
+    """x `[M, K]` times rhs `[G, K, N]` or, transposed, `[G, N, K]`, groups from row `first` (None: 0) on -> `[M, N]`."""
     if (num_rows := x.shape[0]) < _SIZES[0]:
         x = jnp.pad(x, ((0, _SIZES[0] - num_rows), (0, 0)))
-    spans = _spans(sizes)
+    spans = _spans(sizes, first)
     if _is_small(x.shape[0], rhs.shape):
+        rhs = dequantize(rhs, x.dtype) if isinstance(rhs, QuantizedRhs) else rhs
         return _head_product(x, rhs, spans, x.shape[0], transposed)[:num_rows].astype(out_dtype)
     # float32 until the end: XLA:CPU writes a tile into a bfloat16 array by converting the whole array there and back.
     out = jnp.zeros((x.shape[0], rhs.shape[1 if transposed else 2]), jnp.float32)
     head = _head_size(x.shape[0], rhs.shape)
     # A head reads rhs in place, which needs it in x's dtype.
-    if rhs.dtype == x.dtype and head < _LARGEST_HEAD:
+    if not isinstance(rhs, QuantizedRhs) and rhs.dtype == x.dtype and head < _LARGEST_HEAD:
         after = _after_heads(spans, head)
         cost = rhs.shape[0] * (head + _HEAD_OVERHEAD) + _cost(after, x.shape[0])
         use = cost < _cost(spans, x.shape[0])
@@ -74,11 +85,13 @@ def product(x: jax.Array, rhs: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dt
     return out[:num_rows].astype(out_dtype)
 
 
-def outer(left: jax.Array, right: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
+def outer(
+    left: jax.Array, right: jax.Array, sizes: jax.Array, first: jax.Array | None, *, out_dtype: jnp.dtype
+) -> jax.Array:
     """out[g] = left[rows of g]^T @ right[rows of g]: left `[M, A]`, right `[M, B]` -> `[G, A, B]`, summed in float32."""
     if (num_rows := left.shape[0]) < _SIZES[0]:
         left, right = (jnp.pad(a, ((0, _SIZES[0] - num_rows), (0, 0))) for a in (left, right))
-    spans = _spans(sizes)
+    spans = _spans(sizes, first)
     head = _head_size(left.shape[0], (sizes.shape[0], left.shape[1], right.shape[1]))
     start, mine = _head_rows(spans, head, left.shape[0])
     rows = start[:, None] + jnp.arange(head)
@@ -89,8 +102,9 @@ def outer(left: jax.Array, right: jax.Array, sizes: jax.Array, *, out_dtype: jnp
     return out.astype(out_dtype)
 
 
-def _spans(sizes: jax.Array) -> Spans:
-    return Spans(jnp.cumsum(sizes) - sizes, sizes)
+def _spans(sizes: jax.Array, first: jax.Array | None = None) -> Spans:
+    begin = jnp.cumsum(sizes) - sizes
+    return Spans(begin if first is None else first + begin, sizes)
 
 
 def _take(a: jax.Array, index: jax.Array) -> jax.Array:
@@ -149,7 +163,7 @@ def _head_product(x: jax.Array, rhs: jax.Array, spans: Spans, head: int, transpo
     group = jnp.minimum(jnp.sum(ends <= row[:, None], axis=1), num_groups - 1)
     place = jnp.clip(row - start[group], 0, head - 1)
     out = _take(y.reshape(num_groups * head, -1), group * head + place)
-    return jnp.where((row < ends[-1])[:, None], out, 0)
+    return jnp.where(((row >= spans.begin[0]) & (row < ends[-1]))[:, None], out, 0)
 
 
 # Tiles.
@@ -199,12 +213,20 @@ def _steps(level: Level) -> jax.Array:
     return -(-jnp.sum(level.tiles) // _BATCH)
 
 
-def _add_products(out: jax.Array, x: jax.Array, rhs: jax.Array, level: Level, transposed: bool) -> jax.Array:
+def _matrices(rhs: jax.Array | QuantizedRhs, group: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    if isinstance(rhs, QuantizedRhs):
+        return dequantize(QuantizedRhs(_take(rhs.values, group), _take(rhs.scales, group)), dtype)
+    return _take(rhs, group).astype(dtype)
+
+
+def _add_products(
+    out: jax.Array, x: jax.Array, rhs: jax.Array | QuantizedRhs, level: Level, transposed: bool
+) -> jax.Array:
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         batch = _batch(level, i * _BATCH, x.shape[0])
         # Without the barrier XLA:CPU moves a conversion of the whole rhs (bfloat16 to float32) out of the loop.
         all_kernels, group = lax.optimization_barrier((rhs, batch.group))
-        kernels = _take(all_kernels, group).astype(x.dtype)
+        kernels = _matrices(all_kernels, group, x.dtype)
         y = _times(_rows(x, batch, level.size), kernels, transposed)
         for tile in range(_BATCH):
             old = lax.dynamic_slice_in_dim(out, batch.start[tile], level.size)

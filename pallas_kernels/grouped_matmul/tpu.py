@@ -6,13 +6,22 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
 
+from pallas_kernels._select import target
+from pallas_kernels.grouped_matmul import tpu_quantized
+from pallas_kernels.grouped_matmul.quantized import QuantizedRhs
+
 _TILE = 128
 
 
-def unsupported(lhs: jax.Array, rhs: jax.Array, interpret: bool) -> str | None:
-    """Why megablox cannot serve this call, or None."""
-    if jax.default_backend() != "tpu" and not interpret:
-        return f"megablox needs a TPU or interpret=True, and the backend is {jax.default_backend()!r}"
+def unsupported(lhs: jax.Array, rhs: jax.Array | QuantizedRhs, interpret: bool) -> str | None:
+    """Why megablox, or the kernel of quantised matrices, cannot serve this call, or None."""
+    if target() != "tpu" and not interpret:
+        return (
+            f"its kernels need a TPU or interpret=True, and this call is for {target()!r}; a compile ahead of time "
+            "needs jax.set_mesh with a mesh of the TPU topology's devices"
+        )
+    if isinstance(rhs, QuantizedRhs):
+        return tpu_quantized.unsupported(lhs, rhs)
     if lhs.dtype != jnp.bfloat16 or rhs.dtype != jnp.bfloat16:
         return f"megablox multiplies in the MXU's bfloat16, and lhs, rhs are {lhs.dtype}, {rhs.dtype}"
     if any(size % _TILE for size in (*lhs.shape, *rhs.shape[1:])):
@@ -23,19 +32,23 @@ def unsupported(lhs: jax.Array, rhs: jax.Array, interpret: bool) -> str | None:
 def grouped_matmul(
     lhs: jax.Array,
     rhs: jax.Array,
-    group_sizes: jax.Array,
+    sizes: jax.Array,
+    first: jax.Array | None,
     transpose_rhs: bool,
     out_dtype: jnp.dtype,
     interpret: bool,
 ) -> jax.Array:
-    """lhs `[M, K]` and rhs `[G, K, N]` or `[G, N, K]` bfloat16, group_sizes int32 `[G]` -> `[M, N]`."""
-    mine = (jnp.arange(lhs.shape[0]) < jnp.sum(group_sizes))[:, None]
-    sizes = (*lhs.shape, rhs.shape[1 if transpose_rhs else 2])
-    run = functools.partial(
-        megablox.gmm, tiling=(_tile(sizes[0]), _tile(sizes[1]), _tile(sizes[2])), transpose_rhs=transpose_rhs
-    )
+    """lhs `[M, K]` and rhs `[G, K, N]` or `[G, N, K]` bfloat16, sizes int32 `[G]` of the groups from row `first` (None: 0) on
+    -> `[M, N]`."""
+    row, extents = jnp.arange(lhs.shape[0]), (*lhs.shape, rhs.shape[1 if transpose_rhs else 2])
+    begin = 0 if first is None else first
+    mine = ((row >= begin) & (row < begin + jnp.sum(sizes)))[:, None]
+    run = functools.partial(megablox.gmm, tiling=tuple(map(_tile, extents)), transpose_rhs=transpose_rhs)
+    if first is not None:  # the rows before are those of one more group, which has no matrix here
+        sizes = jnp.concatenate([jnp.reshape(first, 1), sizes])
+        run = functools.partial(run, group_offset=jnp.ones((), jnp.int32))
     # megablox leaves rows of no group unwritten, in the result and in lhs's gradient: one select guards each.
-    out = run(jnp.where(mine, lhs, 0), rhs, group_sizes, preferred_element_type=out_dtype, interpret=interpret)
+    out = run(jnp.where(mine, lhs, 0), rhs, sizes, preferred_element_type=out_dtype, interpret=interpret)
     return jnp.where(mine, out, 0)
 
 

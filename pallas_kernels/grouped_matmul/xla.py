@@ -10,52 +10,57 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul.quantized import QuantizedRhs, dequantize
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def grouped_matmul(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool, out_dtype: jnp.dtype
+    lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, first: jax.Array | None, transpose_rhs: bool, out_dtype: jnp.dtype
 ) -> jax.Array:
-    """lhs `[M, K]`, rhs `[G, K, N]` or, transposed, `[G, N, K]`, group_sizes int32 `[G]` -> `[M, N]` of out_dtype."""
-    return _product(lhs, rhs, _inside(group_sizes, lhs.shape[0]), out_dtype, transpose_rhs)
+    """lhs `[M, K]`, rhs `[G, K, N]` or, transposed, `[G, N, K]`, sizes int32 `[G]` of the groups from row `first` (None: 0)
+    on, inside the rows -> `[M, N]` of out_dtype."""
+    return product(lhs, rhs, sizes, first, transpose_rhs, out_dtype)
 
 
-def _forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool, out_dtype: jnp.dtype):
-    return grouped_matmul(lhs, rhs, group_sizes, transpose_rhs, out_dtype), (lhs, rhs, group_sizes)
-
-
-def _backward(
-    transpose_rhs: bool, out_dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array, jax.Array], grad: jax.Array
+def _forward(
+    lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, first: jax.Array | None, transpose_rhs: bool, out_dtype: jnp.dtype
 ):
-    lhs, rhs, group_sizes = saved
-    sizes, same = _inside(group_sizes, lhs.shape[0]), lhs.astype(grad.dtype)
-    drhs = _outer(grad, same, sizes, rhs.dtype) if transpose_rhs else _outer(same, grad, sizes, rhs.dtype)
-    return _product(grad, rhs, sizes, lhs.dtype, not transpose_rhs), drhs, None
+    return product(lhs, rhs, sizes, first, transpose_rhs, out_dtype), (lhs, rhs, sizes, first)
+
+
+def _backward(transpose_rhs: bool, out_dtype: jnp.dtype, saved: tuple, grad: jax.Array):
+    lhs, rhs, sizes, first = saved
+    left, right = (grad, lhs.astype(grad.dtype)) if transpose_rhs else (lhs.astype(grad.dtype), grad)
+    drhs = outer(left, right, sizes, first, rhs.dtype)
+    return product(grad, rhs, sizes, first, not transpose_rhs, lhs.dtype), drhs, None, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _inside(group_sizes: jax.Array, num_rows: int) -> jax.Array:
-    """The sizes, with what is negative or reaches past the last row cut off."""
-    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes, 0)), num_rows)
-    return jnp.diff(ends, prepend=0)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _product(x: jax.Array, rhs: jax.Array, sizes: jax.Array, out_dtype: jnp.dtype, transposed: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def product(
+    x: jax.Array,
+    rhs: jax.Array | QuantizedRhs,
+    sizes: jax.Array,
+    first: jax.Array | None,
+    transposed: bool,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
     """x[m] @ rhs[g] or, transposed, x[m] @ rhs[g].T, in x's dtype."""
     on_cpu = functools.partial(tiles.product, out_dtype=out_dtype, transposed=transposed)
     elsewhere = functools.partial(_ragged_product, out_dtype=out_dtype, transposed=transposed)
-    return jax.lax.platform_dependent(x, rhs, sizes, cpu=on_cpu, default=elsewhere)
+    return jax.lax.platform_dependent(x, rhs, sizes, first, cpu=on_cpu, default=elsewhere)
 
 
-@functools.partial(jax.jit, static_argnums=(3,))
-def _outer(left: jax.Array, right: jax.Array, sizes: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(4,))
+def outer(
+    left: jax.Array, right: jax.Array, sizes: jax.Array, first: jax.Array | None, out_dtype: jnp.dtype
+) -> jax.Array:
     """out[g] = sum over the rows m of group g of left[m] right[m]^T: `[M, A]`, `[M, B]` -> `[G, A, B]`."""
     on_cpu = functools.partial(tiles.outer, out_dtype=out_dtype)
     elsewhere = functools.partial(_ragged_outer, out_dtype=out_dtype)
-    return jax.lax.platform_dependent(left, right, sizes, cpu=on_cpu, default=elsewhere)
+    return jax.lax.platform_dependent(left, right, sizes, first, cpu=on_cpu, default=elsewhere)
 
 
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -67,26 +72,40 @@ def _of_groups(x: jax.Array, sizes: jax.Array) -> jax.Array:
     return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], x, 0)
 
 
+def _from(x: jax.Array, first: jax.Array | None) -> jax.Array:
+    """x with row `first` on top, where `ragged_dot` wants the first group, and the rows before it at the end."""
+    return x if first is None else jnp.roll(x, -first, axis=0)
+
+
 def _ragged_product(
-    x: jax.Array, rhs: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype, transposed: bool
+    x: jax.Array,
+    rhs: jax.Array | QuantizedRhs,
+    sizes: jax.Array,
+    first: jax.Array | None,
+    *,
+    out_dtype: jnp.dtype,
+    transposed: bool,
 ) -> jax.Array:
+    matrices = dequantize(rhs, x.dtype) if isinstance(rhs, QuantizedRhs) else rhs.astype(x.dtype)
     out = jax.lax.ragged_dot(
-        _of_groups(x, sizes),
-        (jnp.swapaxes(rhs, 1, 2) if transposed else rhs).astype(x.dtype),
+        _of_groups(_from(x, first), sizes),
+        jnp.swapaxes(matrices, 1, 2) if transposed else matrices,
         sizes,
         precision=_precision(x.dtype),
         preferred_element_type=jnp.float32,
     )
-    return _of_groups(out, sizes).astype(out_dtype)
+    return _from(_of_groups(out, sizes), None if first is None else -first).astype(out_dtype)
 
 
-def _ragged_outer(left: jax.Array, right: jax.Array, sizes: jax.Array, *, out_dtype: jnp.dtype) -> jax.Array:
+def _ragged_outer(
+    left: jax.Array, right: jax.Array, sizes: jax.Array, first: jax.Array | None, *, out_dtype: jnp.dtype
+) -> jax.Array:
     dims = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
     out = jax.lax.ragged_dot_general(
-        _of_groups(left, sizes),
-        _of_groups(right, sizes),
+        _of_groups(_from(left, first), sizes),
+        _of_groups(_from(right, first), sizes),
         sizes,
         dims,
         precision=_precision(right.dtype),

@@ -37,9 +37,11 @@ def value_and_gradients(lhs, rhs, sizes, grad, **options) -> list[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=("transpose_rhs", "implementation", "interpret", "preferred_element_type"))
-def _value_and_gradients(lhs, rhs, sizes, grad, transpose_rhs=False, **options):
+def _value_and_gradients(lhs, rhs, sizes, grad, group_offset=None, transpose_rhs=False, **options):
     turn = (lambda a: jnp.swapaxes(a, 1, 2)) if transpose_rhs else (lambda a: a)
-    run = functools.partial(grouped_matmul, group_sizes=sizes, transpose_rhs=transpose_rhs, **options)
+    run = functools.partial(
+        grouped_matmul, group_sizes=sizes, transpose_rhs=transpose_rhs, group_offset=group_offset, **options
+    )
     out, pull = jax.vjp(run, lhs, turn(rhs))
     dlhs, drhs = pull(grad.astype(out.dtype))
     return out, dlhs, turn(drhs)
@@ -108,6 +110,29 @@ def test_poison_stays_where_it_is(implementation: str, shape: tuple[int, int, in
     clean[0][used:] = 0
     options = {"implementation": implementation, "transpose_rhs": transpose_rhs}
     assert_close(value_and_gradients(lhs, rhs, jnp.asarray(sizes), grad, **options), clean, 2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@given(data=st.data(), shape=st.sampled_from([(300, 96, 80, 16), (700, 96, 80, 6)]), transpose_rhs=st.booleans())
+@settings(max_examples=8, deadline=None)
+def test_a_shard_of_the_groups(implementation, data, shape, transpose_rhs):
+    """Rows of other groups hold poison: they give zeros and reach no gradient."""
+    num_rows, num_groups = shape[0], shape[3]
+    sizes = data.draw(sizes_strategy(num_groups, num_rows))
+    offset = data.draw(st.integers(0, num_groups - 3))
+    lhs, rhs, grad = operands((*shape[:3], 3))
+    starts = np.cumsum([0, *sizes])
+    rows = slice(int(starts[offset]), int(starts[offset + 3]))
+    truth = [np.zeros(grad.shape), np.zeros(lhs.shape), np.zeros(rhs.shape)]
+    part = exact(lhs[rows], rhs, sizes[offset : offset + 3], grad[rows])
+    truth[0][rows], truth[1][rows], truth[2] = part
+    mine = np.zeros((num_rows, 1), bool)
+    mine[rows] = True
+    lhs, grad = jnp.where(mine, lhs, jnp.nan), jnp.where(mine, grad, jnp.nan)
+    options = {"implementation": implementation, "transpose_rhs": transpose_rhs}
+    sizes = jnp.asarray(sizes, jnp.int32)
+    found = value_and_gradients(lhs, rhs, sizes, grad, group_offset=jnp.int32(offset), **options)
+    assert_close(found, truth, 2e-5)
 
 
 def test_sizes_that_do_not_fit_are_cut_off():
@@ -208,18 +233,23 @@ def test_inside_a_rematerialised_scan():
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
 
 
-def test_ragged_dot_form_means_the_same():
+@pytest.mark.parametrize("first", [None, 5])
+def test_ragged_dot_form_means_the_same(first: int | None):
     """What the program is on other platforms, run here."""
     lhs, rhs, grad = operands((40, 16, 24, 5))
     sizes = jnp.asarray([3, 0, 20, 10, 0], jnp.int32)
-    lhs, grad = lhs.at[33:].set(jnp.nan), grad.at[33:].set(jnp.nan)
+    begin = first or 0
+    lhs, grad = (a.at[begin + 33 :].set(jnp.nan).at[:begin].set(jnp.nan) for a in (lhs, grad))
+    truth = exact(lhs[begin:], rhs, sizes, grad[begin:])
+    truth = [*(np.pad(a, ((begin, 0), (0, 0))) for a in truth[:2]), truth[2]]
+    row = None if first is None else jnp.int32(first)
     options = {"out_dtype": jnp.dtype(jnp.float32)}
     found = [
-        xla._ragged_product(lhs, rhs, sizes, transposed=False, **options),
-        xla._ragged_product(grad, rhs, sizes, transposed=True, **options),
-        xla._ragged_outer(lhs, grad, sizes, **options),
+        xla._ragged_product(lhs, rhs, sizes, row, transposed=False, **options),
+        xla._ragged_product(grad, rhs, sizes, row, transposed=True, **options),
+        xla._ragged_outer(lhs, grad, sizes, row, **options),
     ]
-    assert_close([np.asarray(a) for a in found], exact(lhs, rhs, sizes, grad), 2e-5)
+    assert_close([np.asarray(a) for a in found], truth, 2e-5)
 
 
 def test_the_platform_is_chosen_at_lowering():
@@ -238,15 +268,20 @@ def test_the_platform_is_chosen_at_lowering():
 
 
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-def test_megablox_in_the_interpreter(transpose_rhs: bool):
+@pytest.mark.parametrize("group_offset", [None, 1])
+def test_megablox_in_the_interpreter(transpose_rhs: bool, group_offset: int | None):
     lhs, rhs, grad = operands((384, 128, 256, 4), jnp.bfloat16)
-    sizes = jnp.asarray([130, 0, 70, 100], jnp.int32)
+    sizes = [130, 0, 70, 100]
     truth = exact(lhs, rhs, sizes, grad)
     lhs, grad = lhs.at[300:].set(jnp.nan), grad.at[300:].set(jnp.nan)
-    plain = value_and_gradients(lhs, rhs, sizes, grad, implementation="reference")
-    found = value_and_gradients(
-        lhs, rhs, sizes, grad, implementation="tpu", interpret=True, transpose_rhs=transpose_rhs
-    )
+    if group_offset:  # the first group is another device's
+        rhs, truth[2] = rhs[1:], truth[2][1:]
+        truth[0][:130], truth[1][:130] = 0, 0
+        lhs, grad = lhs.at[:130].set(jnp.nan), grad.at[:130].set(jnp.nan)
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+    options = {"transpose_rhs": transpose_rhs, "group_offset": group_offset}
+    plain = value_and_gradients(lhs, rhs, group_sizes, grad, implementation="reference", **options)
+    found = value_and_gradients(lhs, rhs, group_sizes, grad, implementation="tpu", interpret=True, **options)
     for a, b, t in zip(found, plain, truth, strict=True):
         assert np.abs(a - t).max() <= 2 * np.abs(b - t).max()
 
@@ -298,5 +333,11 @@ def test_wrong_calls_are_named():
         grouped_matmul(lhs.astype(jnp.int32), rhs, sizes)
     with pytest.raises(TypeError, match="preferred_element_type must be"):
         grouped_matmul(lhs, rhs, sizes, preferred_element_type=jnp.int8)
+    with pytest.raises(ValueError, match="group_offset must be 0 to 1 for 1 of 2 groups, found 2"):
+        grouped_matmul(lhs, rhs[:1], sizes, group_offset=2)
+    with pytest.raises(ValueError, match="rhs has 2 groups, group_sizes 1"):
+        grouped_matmul(lhs, rhs, sizes[:1], group_offset=0)
+    with pytest.raises(TypeError, match="int32 scalar, found float32"):
+        grouped_matmul(lhs, rhs, sizes, group_offset=jnp.zeros(()))
     with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
         grouped_matmul(lhs, rhs, sizes, implementation="cuda")
