@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.grouped_matmul import QuantizedRhs, choose_implementation, grouped_matmul
 from pallas_kernels.grouped_matmul.quantized import dequantize
+from tests.pallas_kernels.tpu_compiler import TOPOLOGIES, array, compile_for
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SIZES, OFFSET, GROUPS = (60, 70, 0, 110, 10, 10), 1, 3  # rows of groups 1 to 3 are ours; one of them has none
 FIRST, LAST = 60, 240
 
@@ -136,25 +135,18 @@ def test_what_the_tpu_kernel_cannot_serve():
 def test_compiles_for(monkeypatch, chip: str, dtype: str, blocks: bool):
     """K-EXAONE's experts, an eighth of them on a chip, forward and dX."""
     pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
-    mesh = Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Auto,))
-    here = NamedSharding(mesh, PartitionSpec())
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     groups, n, k, num_rows = 16, 2048, 6144, 4096
     scales = (groups, n // 128, k // 128) if blocks else (groups, n, 1)
-    shapes = [((num_rows, k), "bfloat16"), ((groups, n, k), dtype), (scales, "float32"), ((128,), "int32")]
-    shapes += [((), "int32"), ((num_rows, n), "bfloat16")]
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=here) for shape, kind in shapes]
+    rhs = QuantizedRhs(array((groups, n, k), dtype), array(scales, "float32"))
 
-    def call(lhs, values, scales, sizes, offset, grad):
-        rhs = QuantizedRhs(values, scales)
+    def call(lhs, rhs, sizes, offset, grad):
         options = {"group_offset": offset, "transpose_rhs": True, "implementation": "tpu"}
         out, pull = jax.vjp(lambda lhs: grouped_matmul(lhs, rhs, sizes, **options), lhs)
         return out, *pull(grad)
 
-    with jax.set_mesh(mesh):
-        memory = jax.jit(call).trace(*arrays).lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+    rows, grad = array((num_rows, k), "bfloat16"), array((num_rows, n), "bfloat16")
+    memory = compile_for(chip, call, rows, rhs, array((128,), "int32"), array((), "int32"), grad).memory_analysis()
     # A few arrays of rows in float32 and the scales spread along one axis, and nothing of 16 x 2,048 x 6,144 in bfloat16.
     assert memory.temp_size_in_bytes <= 4 * num_rows * k * 4

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.linear_cross_entropy import choose_implementation, linear_cross_entropy, tuned
 from tests.pallas_kernels.linear_cross_entropy.test_linear_cross_entropy import exact, operands, value_and_gradients
+from tests.pallas_kernels.tpu_compiler import TOPOLOGIES
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 # (D, V) of K-EXAONE, EXAONE 4.5 (4.0 has its size and 102,400 words), EXAONE 4.0 1.2B and EXAONE 3.5 2.4B.
 PUBLISHED = [(6144, 153_600), (5120, 153_600), (5120, 102_400), (2048, 102_400), (2560, 102_400)]
 
@@ -131,6 +131,7 @@ def test_compiles_for(monkeypatch, chip, size, vocab, weight_dtype):
     pytest.importorskip("libtpu")
     monkeypatch.undo()
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     memory = compile_on_four_chips(TOPOLOGIES[chip], 8192, size, vocab, weight_dtype)
     # x's gradient in float32 and, of a wide weight, its own part in bfloat16; nothing of 8,192 x V / 4 logits.
     cast = vocab // 4 * size * 2 if weight_dtype == "float32" else 0
