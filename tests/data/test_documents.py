@@ -87,6 +87,31 @@ def test_the_template_is_told_whether_to_keep_thinking(tokenizer: Tokenizer) -> 
         assert learnt(tokenizer, encode(tokenizer, record, template)) == [expected]
 
 
+@pytest.fixture(scope="module")
+def bracketed(tokenizer_dir: Path) -> Tokenizer:
+    """Control tokens spelled as EXAONE 3 and 4.0 do."""
+    raw = (tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
+    for name in ("system", "user", "assistant", "tool", "endofturn"):
+        raw = raw.replace(f"<|{name}|>", f"[|{name}|]")
+    return Tokenizer(raw, config={"eos_token": "[|endofturn|]", "pad_token": "[PAD]"})
+
+
+@pytest.mark.parametrize(
+    ("generation", "kwargs", "expected"),
+    [
+        ("3", {}, "4[|endofturn|]"),
+        ("4", {}, "4[|endofturn|]"),
+        ("4", {"skip_think": False}, "Two and two.\n</think>\n\n4[|endofturn|]"),
+    ],
+)
+def test_generations_with_brackets(
+    generation: str, kwargs: dict[str, bool], expected: str, bracketed: Tokenizer
+) -> None:
+    template = ChatTemplate.for_generation(generation)
+    document = encode(bracketed, {"messages": [USER, ANSWER, USER, THOUGHT], "chat_template_kwargs": kwargs}, template)
+    assert learnt(bracketed, document) == ["4[|endofturn|]", expected]
+
+
 def test_calls_are_learnt_and_results_are_not(tokenizer: Tokenizer, template: ChatTemplate) -> None:
     """Reasoning before a call is kept in the loop of the last question, and dropped from those before."""
     loop = [USER, {**CALL, "reasoning_content": "I add."}, RESULT, THOUGHT]
