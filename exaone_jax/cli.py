@@ -1,7 +1,7 @@
 """The command line: one typer command a verb. Each parses, calls and prints; jax is imported only where a verb computes.
 
 Exit codes: 0 done, 1 a check failed, 2 wrong input, 3 storage, 70 an error of this program itself (with its traceback),
-130 interrupted, 141 nobody reads the output.
+75 training stopped on request with its step saved, 76 training hung, 130 interrupted, 141 nobody reads the output.
 """
 
 import io

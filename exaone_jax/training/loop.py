@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+import yaml
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -46,7 +47,7 @@ from exaone_jax.training.setup import (
     initial_state,
     set_up,
 )
-from exaone_jax.training.step import StepMetrics, TrainState, evaluate, train_step, trained_model
+from exaone_jax.training.step import StepMetrics, TrainState, awake, evaluate, train_step, trained_model
 from exaone_jax.training.trackers import open_trackers
 
 CHECKPOINTS, CONFIG, STACKS, PROFILE, TOKENIZER = "checkpoints", "config.yaml", "stacks", "profile", "tokenizer"
@@ -149,9 +150,9 @@ class _Run:
 
     def go(self, strict_resume: bool) -> Outcome:
         with self.clock.phase("init"):
-            self._write_config()
             self.saver = Saver(self.folder, self.setup.identity, self._files(), self.config.save.keep, self._on_save)
         state = self._first_state(strict_resume)
+        self._write_config()
         self._say_what_is_done(state)
         try:
             with self.stop.installed(), self.watchdog.watching(), self.face.live(self.first_step):
@@ -163,11 +164,19 @@ class _Run:
             self.face.event("goodput", self.clock.report(self.lost, self.taken))
 
     def _write_config(self) -> None:
-        if jax.process_index() == 0:
-            with storage_errors(str(self.run_dir)):
-                draft = self.run_dir / f"{CONFIG}.partial"
-                draft.write_text(dump_run(self.config))
-                draft.rename(self.run_dir / CONFIG)
+        """And say what is no longer as it was when the run began."""
+        if jax.process_index() != 0:
+            return
+        path, text = self.run_dir / CONFIG, dump_run(self.config)
+        with storage_errors(str(path)):
+            if self.first_step:
+                before, now = yaml.safe_load(path.read_text()), yaml.safe_load(text)
+                changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+                if changed:
+                    self.face.say(f"changed since: {', '.join(changed)}")
+            draft = path.with_name(f"{CONFIG}.partial")
+            draft.write_text(text)
+            draft.rename(path)
 
     def _files(self) -> dict[str, Path]:
         """The tokenizer's, to go along with every saved step."""
@@ -404,7 +413,7 @@ class _Run:
         """The last save, which must not fail."""
         self.watchdog.rest()
         if self.ending == "halted":
-            step = self.good_step
+            step, state = self.good_step, awake(state)
         if step != self.saved_step and step > 0:
             self._save(state, step)
         with self.clock.phase("save"):

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -437,23 +438,29 @@ def _await(done: Callable[[], bool], message: str) -> None:
 
 
 def rows_of(array: jax.Array, limit: int = 1 << 28) -> Iterator[np.ndarray]:
-    """The values of an array on any devices, in order, in pieces of at most `limit` bytes or one row; on every process."""
+    """The values of an array on any devices, in order, in pieces of about `limit` bytes; every process gets them all."""
     sharding = array.sharding
     if not isinstance(sharding, jax.NamedSharding) or len(sharding.device_set) == 1:
         yield np.asarray(array)
         return
-    whole = jax.NamedSharding(sharding.mesh, jax.P())
-    if array.ndim == 0 or array.nbytes <= limit:
-        yield np.asarray(jax.jit(lambda x: x, out_shardings=whole)(array).addressable_data(0))
+    whole, rows = jax.NamedSharding(sharding.mesh, jax.P()), array if array.ndim else array[None]
+    if size := limit // (rows.nbytes // len(rows)):
+        for start in range(0, len(rows), size):
+            piece = _rows(rows, start, min(size, len(rows) - start), whole)
+            yield np.asarray(piece.addressable_data(0))
         return
-    row = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=sharding_of_row(array))
-    for place in range(array.shape[0]):
-        yield from rows_of(row(array, place), limit)
+    for place in range(len(rows)):  # of a stack of layers, each too large
+        yield from rows_of(_row(rows, place, jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec[1:]))), limit)
 
 
-def sharding_of_row(array: jax.Array) -> jax.NamedSharding:
-    sharding = cast(jax.NamedSharding, array.sharding)
-    return jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec[1:]))
+@partial(jax.jit, static_argnums=(2, 3))
+def _rows(array: jax.Array, start: int, size: int, sharding: jax.NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(array, start, size), sharding)
+
+
+@partial(jax.jit, static_argnums=2)
+def _row(array: jax.Array, place: int, sharding: jax.NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_index_in_dim(array, place, keepdims=False), sharding)
 
 
 def parameters_sha256(state: TrainState) -> str:

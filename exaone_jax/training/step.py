@@ -236,6 +236,13 @@ def _is_spike(ring: jax.Array, seen: jax.Array, value: jax.Array, sigma: float) 
     return (count >= max(2, size // 2)) & (value > mean + sigma * deviation)
 
 
+@partial(jax.jit, donate_argnums=0)
+def awake(state: TrainState) -> TrainState:
+    """A state that halted, ready to go on from the last good step."""
+    history = cast(History, state.history)
+    return dataclasses.replace(state, history=history._replace(halted=jnp.zeros_like(history.halted)))
+
+
 def balanced(router_biases: nnx.State, stats: tuple[SegmentStats, ...], rate: float) -> nnx.State:
     """Router biases `[R, E]` after a step: b_e + rate * sign(mean load - load_e), DeepSeek-V3's rule (arXiv 2412.19437)."""
 

@@ -128,6 +128,7 @@ def test_a_run_meets_a_loss_that_is_not_finite(
         with pytest.raises(TrainingError, match=r"step 4 is not finite: .*gradient norm nan; step 3 is saved"):
             train(run)
         assert saved_steps(tmp_path / "run" / "checkpoints") == [3]
+        assert train(run).steps == 6  # with another batch in that place
     else:
         assert train(run).steps == 6
         assert "warning: step 4 was skipped" in capsys.readouterr().out
