@@ -57,7 +57,7 @@ def estimate(config: ModelConfig, work: Workload, inputs: StepInputs) -> Memory:
     mesh = inputs.placement.mesh
     params = device_bytes((inputs.params, inputs.router_biases))
     sizes = _Sizes(device_tokens(work, inputs), mesh.shape["tensor"], mesh.shape["expert"], work.itemsize)
-    layers = [_layer(config, layer, sizes) for layer in (*config.layers, *_mtp(config, work))]
+    layers = [_layer(config, layer, sizes, work.mode == "train") for layer in (*config.layers, *_mtp(config, work))]
     gathered = _gathered_weights(config, work, mesh)
     if work.mode != "train":
         logits = 2 * 4 * work.batch * config.vocab_size // _parts(work.batch, mesh)
@@ -83,7 +83,7 @@ def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
 class _Layer:
     """Bytes that the backward pass of a layer needs: `everything` of it, and `kept` of it by remat policy.
 
-    exchange: around experts of several devices, in a round of tokens forward or backward; nothing of that is kept.
+    exchange: around experts of several devices, in a round of tokens of training the backward one; nothing of that is kept.
     """
 
     everything: int
@@ -91,7 +91,7 @@ class _Layer:
     kept: dict[str | None, int]
 
 
-def _layer(config: ModelConfig, layer: LayerSpec, sizes: _Sizes) -> _Layer:
+def _layer(config: ModelConfig, layer: LayerSpec, sizes: _Sizes, train: bool) -> _Layer:
     tokens, size, moe = sizes.tokens, config.hidden_size, config.moe
     q = config.num_heads * config.head_dim // sizes.tensor
     kv = config.num_kv_heads * config.head_dim // sizes.tensor
@@ -109,12 +109,16 @@ def _layer(config: ModelConfig, layer: LayerSpec, sizes: _Sizes) -> _Layer:
             routed = tokens * moe.num_experts_per_tok
             feed += routed * (4 * size + 3 * width) + routed * 3 * size
         else:
-            # Tokens, their gradients and those of the answers, each as it travels and by expert, what the experts make of
-            # them first in float32; gate, up, hidden and their gradients, some in float32. And beside the sum of the
-            # gradients of the experts' weights those of this round, in float32.
             rows, local = _round_rows(config, sizes), moe.num_experts // sizes.expert
-            exchange = sizes.itemsize * rows * (8 * size + 4 * width) + 4 * rows * (2 * size + 3 * width)
-            exchange += _GRADIENT * 3 * local * size * width
+            if train:
+                # Tokens, their gradients and those of the answers, each as it travels and by expert, what the experts make of
+                # them first in float32; gate, up, hidden and their gradients, some in float32. And beside the sum of the
+                # gradients of the experts' weights those of this round, in float32.
+                exchange = sizes.itemsize * rows * (8 * size + 4 * width) + 4 * rows * (2 * size + 3 * width)
+                exchange += _GRADIENT * 3 * local * size * width
+            else:
+                # Tokens and answers, each as they travel and by expert; gate, up, hidden. Products come in float32 first.
+                exchange = sizes.itemsize * rows * (4 * size + 3 * width) + 4 * rows * (size + 2 * width)
     else:
         width = config.intermediate_size // sizes.tensor
         feed = 3 * tokens * width
