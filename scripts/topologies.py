@@ -331,7 +331,8 @@ _HEAD = """\
 Made by `python -m scripts.topologies` from real compiles for slices that were not there; nothing here was run on a TPU. Each
 cell is the smallest slice on which the step fits, and on that slice the cheapest mesh, batch and remat by arithmetic that the
 compiler agrees to ([planning.md](planning.md)). Bytes are of a chip, as the compiler states them. The rows themselves, with their
-parts of memory, collectives and kernels, are in [topologies.json](topologies.json).
+parts of memory, collectives and kernels, are in [topologies.json](topologies.json), each with a digest of the code that it was
+made from: a run of the script makes those of other code again.
 
 - **train**: `training.train_step`, bfloat16 compute over float32 parameters and AdamW, rows of 8,192 tokens (EXAONE 3.0: of
   4,096, all it has); **train at 256K** where the model has it.
