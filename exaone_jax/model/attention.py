@@ -11,6 +11,7 @@ from exaone_jax.config.model import LayerSpec, ModelConfig
 from exaone_jax.model.cache import LayerKV
 from exaone_jax.model.linear import Linear, ParamFactory
 from exaone_jax.model.norm import RMSNorm
+from exaone_jax.model.paged import Paged
 from exaone_jax.model.placement import Placement
 from exaone_jax.model.rope import Rotation, rotate
 from pallas_kernels.attention import attention
@@ -179,7 +180,7 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(make, head_dim, config.rms_norm_eps, "head_dim")
         self.spec, self.head_dim = spec, head_dim
 
-    def __call__(self, x: jax.Array, rotation: Rotation, attend: Packed | Cached) -> jax.Array:
+    def __call__(self, x: jax.Array, rotation: Rotation, attend: Packed | Cached | Paged) -> jax.Array:
         heads = (*x.shape[:2], -1, self.head_dim)
         weights = tuple(proj.weight[...] for proj in (self.q_proj, self.k_proj, self.v_proj))
         qkv = attend.placement.project(x, weights, ("heads", "kv_heads", "kv_heads"))

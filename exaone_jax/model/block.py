@@ -9,6 +9,7 @@ from exaone_jax.model.feedforward import MLP
 from exaone_jax.model.linear import ParamFactory
 from exaone_jax.model.moe import MoE, RouterStats
 from exaone_jax.model.norm import RMSNorm
+from exaone_jax.model.paged import Paged
 from exaone_jax.model.placement import ACTIVATIONS, Placement
 from exaone_jax.model.rope import Rotation
 
@@ -32,7 +33,7 @@ class Block(nnx.Module):
         self.spec = spec
 
     def __call__(
-        self, x: jax.Array, rotation: Rotation, attend: Packed | Cached, real: jax.Array, placement: Placement
+        self, x: jax.Array, rotation: Rotation, attend: Packed | Cached | Paged, real: jax.Array, placement: Placement
     ) -> tuple[jax.Array, RouterStats | None]:
         """x `[B, T, D]`, real bool `[B, T]` -> (x, router statistics where the layer is sparse)."""
         if self.spec.norm == "pre":

@@ -55,6 +55,16 @@ class Placement(Protocol):
         """`run` of its arguments: layer `[R, B, K, slots, head_dim]`, lengths and valid `[B]`, q `[B, C, H, head_dim]`."""
         ...
 
+    def attend_paged(
+        self,
+        run: CachedAttention,
+        layer: LayerKV,
+        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        where: tuple[jax.typing.ArrayLike, ...],
+    ) -> tuple[jax.Array, LayerKV]:
+        """`run(layer, qkv, *where)`: layer `[R, P, K, page_size, head_dim]`, q `[1, N, H, head_dim]`; `where` is of all heads."""
+        ...
+
     def per_token(
         self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[tuple[jax.Array, Axes], ...] = ()
     ) -> T:
@@ -108,6 +118,15 @@ class OneDevice:
         qkv: tuple[jax.Array, jax.Array, jax.Array],
     ) -> tuple[jax.Array, LayerKV]:
         return run(layer, index, lengths, valid, *qkv)
+
+    def attend_paged(
+        self,
+        run: CachedAttention,
+        layer: LayerKV,
+        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        where: tuple[jax.typing.ArrayLike, ...],
+    ) -> tuple[jax.Array, LayerKV]:
+        return run(layer, qkv, *where)
 
     def per_token(
         self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[tuple[jax.Array, Axes], ...] = ()

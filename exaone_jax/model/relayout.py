@@ -1,10 +1,10 @@
-"""Moving weights between the scanned and the unrolled form of one model."""
+"""The same weights in another form of one model: its layers scanned or unrolled, its MTP layer with a window."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from exaone_jax.config.model import Segment
+from exaone_jax.config.model import Segment, single_layers
 from exaone_jax.model.transformer import Transformer
 
 _Place = tuple[int, int, int]  # segment, place in its pattern, repeat
@@ -46,3 +46,15 @@ def with_layers(model: Transformer, *, scan: bool) -> Transformer:
     graphdef, state = nnx.split(target)
     nnx.replace_by_pure_dict(state, new)
     return nnx.merge(graphdef, state)
+
+
+def with_mtp_window(model: Transformer, window: int) -> Transformer:
+    """The same model, whose MTP layer sees at most `window` positions (the fewer, where it has a window). Shares the weights."""
+    if model.config.mtp_layer is None:
+        return model
+    spec = model.config.mtp_layer
+    spec = spec.model_copy(update={"window": min(window, spec.window or window)})
+    config, scan = model.config.model_copy(update={"mtp_layer": spec}), model.plan != single_layers(model.config.layers)
+    kept = {"dtype": model.dtype, "placement": model.placement, "scan_layers": scan}
+    target = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **kept))
+    return nnx.merge(nnx.split(target)[0], nnx.state(model))

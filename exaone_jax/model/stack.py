@@ -3,7 +3,7 @@
 A segment that stands once is run directly: its leading axis of one is dropped without a copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -17,12 +17,14 @@ from exaone_jax.model.block import Block
 from exaone_jax.model.cache import LayerKV
 from exaone_jax.model.linear import PRODUCT
 from exaone_jax.model.moe import RouterStats
+from exaone_jax.model.paged import Paged
 from exaone_jax.model.placement import Placement
 from exaone_jax.model.rope import Rotation
 
 Remat = Literal["full", "dots", "offload"] | None
 _BLOCK_INPUT = "block_input"
 SegmentStats = tuple[RouterStats | None, ...]
+Look = Callable[[LayerKV, jax.typing.ArrayLike], Cached | Paged]
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -77,11 +79,13 @@ def step(
     rotation: Rotation,
     real: jax.Array,
     caches: Sequence[LayerKV],
-    lengths: jax.Array,
-    valid: jax.Array,
+    look: Look,
     placement: Placement,
 ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
-    """x `[B, C, D]` through a segment with its caches, which ride along so that the loop updates them in place."""
+    """x `[B, C, D]` through a segment with its caches, which ride along so that the loop updates them in place.
+
+    look: (a stack's cache, which layer of the stack) -> the attention of that layer.
+    """
     graphdef, params = nnx.split(blocks)
 
     def body(
@@ -90,7 +94,7 @@ def step(
         (x, caches), (params, index) = carry, xs
         updated = []
         for block, layer in zip(nnx.merge(graphdef, params), caches, strict=True):
-            attend = Cached(layer, index, lengths, valid, placement)
+            attend = look(layer, index)
             x, _ = block(x, rotation, attend, real, placement)
             updated.append(attend.layer)
         return (x, tuple(updated)), None

@@ -1,5 +1,7 @@
 """The one model that is every EXAONE language model."""
 
+import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,13 +13,15 @@ from flax import nnx
 from exaone_jax.config.model import ModelConfig, Segment, layer_plan, single_layers
 from exaone_jax.errors import InputError
 from exaone_jax.model import stack
+from exaone_jax.model.attention import Cached
 from exaone_jax.model.block import Block
-from exaone_jax.model.cache import KVCache, init_cache
+from exaone_jax.model.cache import KVCache, LayerKV, init_cache
 from exaone_jax.model.linear import Linear, ParamFactory, dot
 from exaone_jax.model.norm import RMSNorm
+from exaone_jax.model.paged import Paged, PagedCache, Rows, Window, init_paged_cache
 from exaone_jax.model.placement import ONE_DEVICE, Placement
 from exaone_jax.model.rope import Rotation, inverse_frequencies, rotation
-from exaone_jax.model.stack import Remat, SegmentStats
+from exaone_jax.model.stack import Look, Remat, SegmentStats
 
 
 class ForwardOutput(NamedTuple):
@@ -168,12 +172,40 @@ class Transformer(nnx.Module):
         Returns: hidden `[B, C, D]` after the final norm (of no meaning where tokens are not real), and the cache.
         """
         valid, real = _real(tokens, valid)
-        x, rotation = self._embed(tokens), self._rotation(cache.lengths[:, None] + jnp.arange(tokens.shape[1]))
-        layers = []
-        for blocks, caches in zip(self.segments, cache.layers, strict=True):
-            x, updated = stack.step(blocks, x, rotation, real, caches, cache.lengths, valid, self.placement)
-            layers.append(updated)
-        return self.norm(x), KVCache(tuple(layers), cache.lengths + valid)
+        positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+        look = self._look_cached(cache.lengths, valid)
+        hidden, layers = self._step(tokens, positions, real, cache.layers, look)
+        return hidden, KVCache(layers, cache.lengths + valid)
+
+    def init_paged_cache(self, pages: dict[Window, int], page_size: int, *, mtp: bool) -> PagedCache:
+        """Empty pages for `ragged_step`, and with `mtp` for `mtp_ragged_step`: pages for each window that layers have."""
+        own = self._mtp_plan if mtp else None
+        return init_paged_cache(self.config, self.plan, own, pages, page_size, self.dtype, self.placement.zeros)
+
+    def ragged_step(self, tokens: jax.Array, cache: PagedCache, rows: Rows) -> tuple[jax.Array, PagedCache]:
+        """As `step` for tokens int32 `[N]` of many sequences on one axis: chunks, single tokens and drafts to verify.
+
+        Returns hidden `[N, D]` after the final norm (of no meaning in rows of nobody), and the cache.
+        """
+        hidden, layers = self._step(
+            tokens[None], rows.positions[None], rows.real[None], cache.layers, self._look_paged(rows)
+        )
+        return hidden[0], dataclasses.replace(cache, layers=layers)
+
+    def _step(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        real: jax.Array,
+        layers: Sequence[Sequence[LayerKV]],
+        look: Look,
+    ) -> tuple[jax.Array, tuple[tuple[LayerKV, ...], ...]]:
+        x, rotation = self._embed(tokens), self._rotation(positions)
+        updated = []
+        for blocks, caches in zip(self.segments, layers, strict=True):
+            x, new = stack.step(blocks, x, rotation, real, caches, look, self.placement)
+            updated.append(new)
+        return self.norm(x), tuple(updated)
 
     def mtp_forward(
         self,
@@ -205,11 +237,41 @@ class Transformer(nnx.Module):
         drafts on.
         """
         valid, real = _real(next_tokens, valid)
+        positions = cache.lengths[:, None] + jnp.arange(next_tokens.shape[1])
+        look = self._look_cached(cache.lengths, valid)
+        out, layer = self._mtp_step(hidden, next_tokens, positions, real, cache.layers[0][0], look)
+        return out, KVCache(((layer,),), cache.lengths + valid)
+
+    def mtp_ragged_step(
+        self, hidden: jax.Array, next_tokens: jax.Array, cache: PagedCache, rows: Rows
+    ) -> tuple[jax.Array, PagedCache]:
+        """As `mtp_step` for hidden `[N, D]` and next_tokens int32 `[N]` of many sequences on one axis."""
+        if cache.mtp is None:
+            raise ValueError("this paged cache was made without pages of the MTP layer")
+        out, layer = self._mtp_step(
+            hidden[None], next_tokens[None], rows.positions[None], rows.real[None], cache.mtp, self._look_paged(rows)
+        )
+        return out[0], dataclasses.replace(cache, mtp=layer)
+
+    def _mtp_step(
+        self,
+        hidden: jax.Array,
+        next_tokens: jax.Array,
+        positions: jax.Array,
+        real: jax.Array,
+        layer: LayerKV,
+        look: Look,
+    ) -> tuple[jax.Array, LayerKV]:
         x = self.mtp.combine(hidden, self._embed(next_tokens))
-        rotation = self._rotation(cache.lengths[:, None] + jnp.arange(next_tokens.shape[1]))
         blocks = nnx.List([self.mtp.block])
-        x, layers = stack.step(blocks, x, rotation, real, cache.layers[0], cache.lengths, valid, self.placement)
-        return self.mtp.norm(x), KVCache((layers,), cache.lengths + valid)
+        x, (layer,) = stack.step(blocks, x, self._rotation(positions), real, [layer], look, self.placement)
+        return self.mtp.norm(x), layer
+
+    def _look_cached(self, lengths: jax.Array, valid: jax.Array) -> Look:
+        return lambda layer, index: Cached(layer, index, lengths, valid, self.placement)
+
+    def _look_paged(self, rows: Rows) -> Look:
+        return lambda layer, index: Paged(layer, index, rows, self.placement)
 
     @property
     def _mtp_plan(self) -> Segment:

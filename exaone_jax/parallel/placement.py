@@ -18,6 +18,7 @@ from exaone_jax.model import Transformer
 from exaone_jax.model.cache import CACHE_AXES, LayerKV
 from exaone_jax.model.linear import Axes, dot, dot_rounding_parts
 from exaone_jax.model.moe import Experts, ExpertWeights, Routing
+from exaone_jax.model.paged import PAGES_AXES
 from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE, CachedAttention, T
 from exaone_jax.parallel.context import context_attention
 from exaone_jax.parallel.exchange import Layout, exchange
@@ -29,6 +30,8 @@ _HEADS: Axes = ("batch", "sequence", "heads", "head_dim")
 _KV_HEADS: Axes = ("batch", "sequence", "kv_heads", "head_dim")
 _CACHED_HEADS: Axes = ("batch", "chunk", "heads", "head_dim")
 _CACHED_KV_HEADS: Axes = ("batch", "chunk", "kv_heads", "head_dim")
+_PAGED_HEADS: Axes = ("one", "rows", "heads", "head_dim")
+_PAGED_KV_HEADS: Axes = ("one", "rows", "kv_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +112,29 @@ class MeshPlacement:
 
         out, updated = self._map(local, specs, (queries, layers))(
             tuple(layer), jnp.asarray(index), lengths, valid, *qkv
+        )
+        return out, LayerKV(*updated)
+
+    def attend_paged(
+        self,
+        run: CachedAttention,
+        layer: LayerKV,
+        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        where: tuple[jax.typing.ArrayLike, ...],
+    ) -> tuple[jax.Array, LayerKV]:
+        """Every device has its heads of every page, and the whole table."""
+        queries, keys = self.spec(qkv[0].shape, _PAGED_HEADS), self.spec(qkv[1].shape, _PAGED_KV_HEADS)
+        pages = self.spec(layer.k.shape, PAGES_AXES)
+        specs = ((pages, pages), (queries, keys, keys), (PartitionSpec(),) * len(where))
+
+        def local(
+            layer: tuple[jax.Array, jax.Array], qkv: tuple[jax.Array, ...], where: tuple[jax.Array, ...]
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            out, updated = run(LayerKV(*layer), qkv, *where)
+            return out, tuple(updated)
+
+        out, updated = self._map(local, specs, (queries, (pages, pages)))(
+            tuple(layer), qkv, tuple(map(jnp.asarray, where))
         )
         return out, LayerKV(*updated)
 
