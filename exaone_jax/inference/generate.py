@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from exaone_jax.config.model import ModelConfig
 from exaone_jax.errors import CheckpointError, InputError
 from exaone_jax.inference.decode import DecodeState, Pending, decode, first_token
 from exaone_jax.inference.sampling import RowSampling, SamplingParams
@@ -239,19 +240,24 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequenc
     if type(drafts) is not int or not 0 <= drafts <= 15:
         raise InputError(f"drafts must be a whole number in [0, 15], found {drafts!r}")
     for row, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-        if not len(prompt):
-            raise InputError(f"prompt {row} is empty: it needs at least one token")
-        for token in prompt:
-            if not isinstance(token, int | np.integer) or not 0 <= token < config.vocab_size:
-                raise InputError(
-                    f"prompt {row} has token id {token!r}, expected integers in the vocabulary [0, {config.vocab_size})"
-                )
-        total = len(prompt) + sampling.max_new_tokens
-        if total > config.max_position_embeddings:
+        check_request(config, f"prompt {row}", prompt, sampling, config.max_position_embeddings)
+
+
+def check_request(config: ModelConfig, name: str, prompt: Sequence[int], params: SamplingParams, room: int) -> None:
+    """Raises InputError for a prompt that is empty, has ids outside the vocabulary, or no room for its answer."""
+    if not len(prompt):
+        raise InputError(f"{name} is empty: it needs at least one token")
+    for token in prompt:
+        if not isinstance(token, int | np.integer) or not 0 <= token < config.vocab_size:
             raise InputError(
-                f"prompt {row} has {len(prompt)} tokens and may generate {sampling.max_new_tokens} more: {total} is "
-                f"beyond the context of {config.max_position_embeddings}"
+                f"{name} has token id {token!r}, expected integers in the vocabulary [0, {config.vocab_size})"
             )
+    total = len(prompt) + params.max_new_tokens
+    if total > room:
+        raise InputError(
+            f"{name} has {len(prompt)} tokens and may generate {params.max_new_tokens} more: {total} is "
+            f"beyond the context of {room}"
+        )
 
 
 def _finish_reason(tokens: Sequence[int], limit: int, stop_ids: tuple[int, ...]) -> FinishReason:

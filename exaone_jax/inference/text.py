@@ -70,7 +70,7 @@ class StopStrings:
         return held
 
 
-class _TextRow:
+class TextRow:
     """The text of one row as its tokens come."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
@@ -116,7 +116,7 @@ def complete(
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
     decoding = Decoding(model, ids, each, draft_tokens, _stop_ids(model, tokenizer))
-    rows = [_TextRow(tokenizer, p.stop) for p in each]
+    rows = [TextRow(tokenizer, p.stop) for p in each]
     rounds = _ROUNDS_BETWEEN_LOOKS if any(p.stop for p in each) else 1 << 30
     _look(decoding, rows)
     while not decoding.finished:
@@ -133,7 +133,7 @@ def stream(
     """The text of `complete` for one prompt in pieces, as it comes. Closing the iterator ends the decoding."""
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     decoding = Decoding(model, [ids], [params], draft_tokens, _stop_ids(model, tokenizer))
-    row = _TextRow(tokenizer, params.stop)
+    row = TextRow(tokenizer, params.stop)
     while True:
         if new := row.read(decoding.tokens()[0]):
             yield new
@@ -234,7 +234,7 @@ def _stop_ids(model: Transformer, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*model.config.eos_token_ids, *tokenizer.eos_ids)))
 
 
-def _look(decoding: Decoding, rows: Sequence[_TextRow]) -> None:
+def _look(decoding: Decoding, rows: Sequence[TextRow]) -> None:
     """Read what is new and end the rows whose stop string came."""
     for index, (row, tokens) in enumerate(zip(rows, decoding.tokens(), strict=True)):
         row.read(tokens)
@@ -242,6 +242,6 @@ def _look(decoding: Decoding, rows: Sequence[_TextRow]) -> None:
             decoding.stop(index)
 
 
-def _completion(row: _TextRow, out: TokenOutput, prompt_tokens: int) -> Completion:
+def _completion(row: TextRow, out: TokenOutput, prompt_tokens: int) -> Completion:
     reason: FinishReason = "stop" if row.stopped else out.finish_reason
     return Completion(row.text, out.tokens[: row.used], prompt_tokens, reason, out.drafted, out.accepted)

@@ -1,0 +1,407 @@
+"""The engine: requests come and go at any time, and one ragged step after the other serves all of them.
+
+The host is one step behind the device: while a step runs, the results of the one before are read and told, and the next is
+planned. A request that turns out to be done has one step too many in flight, whose tokens are dropped.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from pydantic import BaseModel, ConfigDict, Field
+
+from exaone_jax.errors import ConfigError, InputError
+from exaone_jax.inference.generate import check_request
+from exaone_jax.inference.pools import Holding, KeyChain, PoolRequest, Pools, plan_pools
+from exaone_jax.inference.sampling import RowSampling, SamplingParams
+from exaone_jax.inference.scheduler import Entry, NoRoomError, Request, Scheduler
+from exaone_jax.inference.step import Batch, Emitted, ServingState, admit, init_state, serving_step
+from exaone_jax.inference.text import TextRow
+from exaone_jax.model import PagedCache, Transformer
+from exaone_jax.model.relayout import with_mtp_window
+from exaone_jax.text import Tokenizer
+
+_MEMORY_SHARE = 0.9  # of an accelerator's memory; the rest is for what a step computes
+_HOST_SHARE = 0.25  # of a CPU's free memory
+
+Reason = Literal["stop", "length", "cancelled", "error"]
+
+
+class EngineConfig(BaseModel):
+    """How the engine is set up.
+
+    max_requests: requests that run at once.
+    max_length: tokens of the longest, prompt and answer; None: the model's context.
+    rows_per_step: of the flat token axis, so the longest chunk of a prompt.
+    draft_tokens: proposed by the MTP layer for each request in every step.
+    draft_window: positions that the MTP layer looks back, where it was trained with more; None: all. Without a window it
+        costs memory as a global layer does. What it drafts is verified either way.
+    typical_length: of a request; decides how the memory is shared between windows and global layers.
+    kv_bytes: for keys and values; None: what the device has left.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_requests: int = Field(default=32, ge=1, le=4096)
+    max_length: int | None = Field(default=None, ge=2)
+    rows_per_step: int = Field(default=512, ge=1)
+    page_size: int = Field(default=32, ge=1)
+    draft_tokens: int = Field(default=0, ge=0, le=15)
+    draft_window: int | None = Field(default=None, ge=1)
+    prefix_caching: bool = True
+    typical_length: int = Field(default=8192, ge=1)
+    kv_bytes: int | None = Field(default=None, ge=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What is new of one request: tokens, their text, and why it ended, if it has.
+
+    "error": the model's logits were not finite.
+    """
+
+    request: int
+    tokens: list[int]
+    text: str = ""
+    finish_reason: Reason | None = None
+
+
+@dataclasses.dataclass
+class Stats:
+    """Since the start. drafted: steps of a request that had drafts; accepted: how often each of them was kept."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    drafted: int = 0
+    accepted: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    entries: list[Entry]
+    emitted: Emitted
+
+
+class Engine:
+    """Serves requests on the model's devices. Not for several threads at once: `service` is.
+
+    Everything is compiled when this returns, and nothing is afterwards.
+
+    Args:
+        model: with its weights.
+        settings: see EngineConfig.
+        tokenizer: for texts and stop strings; None serves token ids alone.
+
+    Raises ConfigError for settings that the model or the memory cannot serve.
+    """
+
+    def __init__(self, model: Transformer, settings: EngineConfig | None = None, *, tokenizer: Tokenizer | None = None):
+        self.settings = settings = settings or EngineConfig()
+        self.max_length = _checked(model, settings)
+        if settings.draft_window is not None:
+            model = with_mtp_window(model, settings.draft_window)
+        self.config, self.tokenizer = model.config, tokenizer
+        ends = () if tokenizer is None else tokenizer.eos_ids
+        self.stop_ids = frozenset((*model.config.eos_token_ids, *ends))
+        slots, drafts = settings.max_requests, settings.draft_tokens
+        ask = PoolRequest(
+            page_size=settings.page_size,
+            max_length=self.max_length + 2 * drafts,  # a request's last drafts may be past its end
+            max_sequences=slots,
+            rows=settings.rows_per_step,
+            ahead=written_ahead(drafts),
+            typical_length=settings.typical_length,
+            itemsize=jnp.dtype(model.dtype).itemsize,
+            mtp=drafts > 0,
+        )
+        planned = plan_pools(model.config, ask, settings.kv_bytes or _free_memory(slots * model.config.vocab_size * 5))
+        self.pools = Pools(planned, settings.page_size, slots)
+        self.scheduler = Scheduler(self.pools, slots, settings.rows_per_step, drafts, remember=settings.prefix_caching)
+        self._device = _Device(model, self.pools, settings)
+        self.stats = Stats(accepted=[0] * drafts)
+        self._ids = itertools.count()
+        self._requests: dict[int, Request] = {}
+        self._ended: list[Update] = []  # from outside, to be told by the next step
+        self._flight: _Flight | None = None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._requests or self._ended or self._flight)
+
+    def submit(self, prompt: str | Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> int:
+        """Queue a request and return its number; see `prepare`."""
+        request = self.prepare(prompt, params, cache_salt=cache_salt)
+        self.add(request)
+        return request.id
+
+    def prepare(self, prompt: str | Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Request:
+        """A request for `add`. Any thread may call this at any time.
+
+        prompt: a text, in which spelled control tokens stay text, or token ids. cache_salt: only requests of one salt share
+        remembered pages.
+
+        Raises InputError for what cannot be served.
+        """
+        if self.tokenizer is None and params.stop:
+            raise InputError("this engine has no tokenizer, so it takes no stop strings")
+        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        check_request(self.config, "the prompt", ids, params, self.max_length)
+        ids = list(map(int, ids))
+        chain = KeyChain(self.settings.page_size, lookahead=int(self.settings.draft_tokens > 0), salt=cache_salt)
+        text = None if self.tokenizer is None else TextRow(self.tokenizer, params.stop)
+        return Request(next(self._ids), ids, params, chain, Holding(len(self.pools.groups)), len(ids), text)
+
+    def add(self, request: Request) -> None:
+        """Queue a prepared request."""
+        self._requests[request.id] = request
+        self.scheduler.add(request)
+
+    def cancel(self, number: int) -> None:
+        """End a request; the next step tells so. One that is not known (any more) is left as it is."""
+        if number in self._requests:
+            self.scheduler.end(self._requests.pop(number))
+            self._ended.append(Update(number, [], finish_reason="cancelled"))
+
+    def step(self) -> list[Update]:
+        """Start the next step on the device, and tell what came of the one before."""
+        updates, self._ended = self._ended, []
+        try:
+            entries = self.scheduler.plan()
+        except NoRoomError:
+            updates += self._collect()
+            entries = self.scheduler.plan()
+        flight = self._launch(entries) if entries else None
+        updates += self._collect()
+        self._flight = flight
+        return updates
+
+    def run(
+        self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[tuple[list[int], str, Reason]]:
+        """(tokens, text, reason) for every prompt, with whatever else is being served."""
+        numbers = [self.submit(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        tokens: dict[int, list[int]] = {number: [] for number in numbers}
+        texts, reasons = dict.fromkeys(numbers, ""), dict[int, Reason]()
+        while len(reasons) < len(numbers):
+            for update in self.step():
+                if update.request in tokens:
+                    tokens[update.request] += update.tokens
+                    texts[update.request] += update.text
+                    if update.finish_reason is not None:
+                        reasons[update.request] = update.finish_reason
+        return [(tokens[number], texts[number], reasons[number]) for number in numbers]
+
+    def _encode(self, prompt: str) -> list[int]:
+        if self.tokenizer is None:
+            raise InputError("this engine has no tokenizer, so it takes prompts as token ids")
+        return self.tokenizer.encode(prompt)
+
+    def _launch(self, entries: list[Entry]) -> _Flight:
+        for entry in entries:
+            request = entry.request
+            if not request.told:
+                self._device.admit(request)
+                if not request.preemptions:
+                    self.stats.prompt_tokens += request.prompt_length
+                    self.stats.cached_tokens += request.cached
+        emitted = self._device.run(entries)
+        self.scheduler.launched(entries)
+        self.stats.steps += 1
+        return _Flight(entries, emitted)
+
+    def _collect(self) -> list[Update]:
+        """Read the step in flight, if there is one, and wait for it if need be."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        tokens, counts, finite = (np.asarray(x) for x in flight.emitted)
+        updates = []
+        for entry, row, count, good in zip(flight.entries, tokens, counts, finite, strict=False):
+            request = entry.request
+            if request.done:
+                continue
+            new = row[:count].tolist()
+            self.scheduler.collected(entry, new)
+            if entry.first is None and self.settings.draft_tokens:
+                self.stats.drafted += 1
+                for j in range(count - 1):
+                    self.stats.accepted[j] += 1
+            if new or not good:
+                updates.append(self._update(request, new, good=bool(good)))
+        self.stats.preemptions = self.scheduler.preemptions
+        return updates
+
+    def _update(self, request: Request, new: list[int], *, good: bool) -> Update:
+        """Tell the new tokens, up to where the request ends, and end it there."""
+        generated, before = request.generated, len(request.generated) - len(new)
+        stops = frozenset[int]() if request.params.ignore_eos else self.stop_ids
+        stop = next((i + 1 for i in range(before, len(generated)) if generated[i] in stops), None)
+        end = min(len(generated), request.params.max_new_tokens, stop or len(generated))
+        reason: Reason | None = "stop" if stop == end else "length" if end == request.params.max_new_tokens else None
+        text = ""
+        if not good:
+            reason, end = "error", before
+        elif request.text is not None:
+            text = request.text.read(generated[:end])
+            if request.text.stopped:
+                end, reason = request.text.used, "stop"
+            elif reason is not None:
+                text += request.text.flush()
+        if reason is not None:
+            self.scheduler.end(request, keep=good)
+            del self._requests[request.id]
+        self.stats.generated_tokens += end - before
+        return Update(request.id, generated[before:end], text, reason)
+
+
+class _Device:
+    """The compiled programs, and the state that they pass on."""
+
+    def __init__(self, model: Transformer, pools: Pools, settings: EngineConfig):
+        graphdef, params = nnx.split(model)
+        windows = tuple(group.window for group in pools.groups)
+        pages = {group.window: group.pages for group in pools.groups}
+        self.slots, self.vocab = settings.max_requests, model.config.vocab_size
+        self.drafts, self.pools, self._params = settings.draft_tokens, pools, params
+        greedy = RowSampling.of([SamplingParams()] * self.slots)
+        state = init_state(model, pages, settings.page_size, self.slots, self.drafts, greedy)
+        self._everywhere = _replicated(params)
+        cache = state.cache  # laid out by the placement; everything else is whole everywhere
+        state = jax.device_put(dataclasses.replace(state, cache=PagedCache((), None)), self._everywhere)
+        self._state = dataclasses.replace(state, cache=cache)
+        self._tables = self._current_tables()
+        self._zeros = jax.device_put(
+            (jnp.zeros((self.vocab,), jnp.int32), jnp.zeros((self.vocab,), bool)), self._everywhere
+        )
+        kept = jax.tree.map(lambda x: x.sharding, self._state)
+
+        def step(
+            params: nnx.State, state: ServingState, tables: tuple[jax.Array, ...], batch: Batch[jax.Array]
+        ) -> tuple[ServingState, Emitted]:
+            return serving_step(nnx.merge(graphdef, params), state, tables, batch, windows)
+
+        step_jit = jax.jit(step, donate_argnums=1, out_shardings=(kept, self._everywhere))
+        admit_jit = jax.jit(admit, donate_argnums=0, out_shardings=kept)
+
+        def compiled(sizes: tuple[int, int]) -> jax.stages.Compiled:
+            return step_jit.lower(self._params, self._state, self._tables, self._empty(*sizes)).compile()
+
+        self.sizes = _buckets(settings)
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
+            self._steps = dict(zip(self.sizes, workers.map(compiled, self.sizes), strict=True))
+        example = (self._state, np.int32(0), np.int32(0), RowSampling.of([SamplingParams()]), *self._zeros)
+        self._admit = admit_jit.lower(*example).compile()
+
+    def admit(self, request: Request) -> None:
+        """Tell the state whose slot it is."""
+        if request.slot is None:
+            raise RuntimeError(f"request {request.id} has no slot")
+        counts, in_prompt = self._zeros
+        if request.params.penalised:
+            prompt = request.tokens[: request.prompt_length]
+            counts = np.bincount(request.generated, minlength=self.vocab).astype(np.int32)
+            in_prompt = np.zeros(self.vocab, bool)
+            in_prompt[prompt] = True
+        sampling = RowSampling.of([request.params])
+        self._state = self._admit(
+            self._state, np.int32(request.slot), np.int32(request.limit), sampling, counts, in_prompt
+        )
+        request.told = True
+
+    def run(self, entries: list[Entry]) -> Emitted:
+        """Start a step; what it emits can be waited for."""
+        rows = sum(entry.rows for entry in entries)
+        sizes = next((n, a) for n, a in self.sizes if n >= rows and a >= len(entries))
+        batch, row = self._empty(*sizes), 0
+        for i, entry in enumerate(entries):
+            batch.slots[i] = entry.request.slot
+            if entry.first is None:
+                batch.first[i] = -1
+            else:
+                end = entry.first + entry.rows
+                batch.tokens[row : row + entry.rows] = entry.request.tokens[entry.first : end]
+                batch.first[i], batch.draws[i] = entry.first, entry.draws
+                batch.after[i] = 0 if entry.draws else entry.request.tokens[end]
+            row += entry.rows
+            batch.starts[i + 1 :] = row
+        if self.pools.changed:
+            self._tables = self._current_tables()
+        self._state, emitted = self._steps[sizes](self._params, self._state, self._tables, batch)
+        return emitted
+
+    def _empty(self, rows: int, requests: int) -> Batch[np.ndarray]:
+        def zeros(count: int, kind: type = np.int32) -> np.ndarray:
+            return np.zeros(count, kind)
+
+        slots = np.full(requests, self.slots, np.int32)
+        return Batch(zeros(rows), zeros(requests + 1), slots, zeros(requests), zeros(requests), zeros(requests, bool))
+
+    def _current_tables(self) -> tuple[jax.Array, ...]:
+        self.pools.changed = False
+        # Copies: the host goes on writing its tables while the device reads.
+        return jax.device_put(tuple(table.copy() for table in self.pools.tables), self._everywhere)
+
+
+def _buckets(settings: EngineConfig) -> list[tuple[int, int]]:
+    """(rows, requests) of the compiled steps, the cheapest first: for requests that all decode, and with prompts among them."""
+    each, most = settings.draft_tokens + 1, settings.max_requests
+    requests = sorted({min(4**i, most) for i in range(7)})
+    rows = {max(1, settings.rows_per_step // 8), settings.rows_per_step}
+    sizes = {(n, a) for a in requests for n in {*rows, a * each} if n >= a * each or n == settings.rows_per_step}
+    return sorted(sizes)
+
+
+def written_ahead(drafts: int) -> int:
+    """Positions that two steps in flight and the drafts after them may write beyond what is settled."""
+    return 2 * (drafts + 1) + max(0, drafts - 1)
+
+
+def _checked(model: Transformer, settings: EngineConfig) -> int:
+    """The greatest length of a request."""
+    config = model.config
+    if settings.draft_tokens and config.mtp_layer is None:
+        raise ConfigError(
+            f"draft_tokens: this {config.model_type} model has no MTP layer to draft with; found {settings.draft_tokens}, "
+            "expected 0"
+        )
+    if settings.draft_window is not None and not settings.draft_tokens:
+        raise ConfigError(f"draft_window: found {settings.draft_window} without draft_tokens, expected None")
+    least = settings.max_requests * (settings.draft_tokens + 1)
+    if settings.rows_per_step < least:
+        raise ConfigError(
+            f"rows_per_step: {settings.max_requests} requests with {settings.draft_tokens} drafts decode in {least} rows; "
+            f"found {settings.rows_per_step}"
+        )
+    length = settings.max_length or config.max_position_embeddings
+    if length > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_length: found {length}, and the model's context is {config.max_position_embeddings} tokens"
+        )
+    return length
+
+
+def _free_memory(reserved: int) -> int:
+    """Bytes for keys and values on one device, beside `reserved` bytes of other state."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        free = int(stats["bytes_limit"] * _MEMORY_SHARE) - stats["bytes_in_use"]
+    else:
+        free = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _HOST_SHARE)
+    return max(0, free - reserved)
+
+
+def _replicated(params: nnx.State) -> jax.sharding.Sharding:
+    """Where the weights are, whole on every device."""
+    found = jax.tree.leaves(params)[0].sharding
+    return NamedSharding(found.mesh, PartitionSpec()) if isinstance(found, NamedSharding) else found

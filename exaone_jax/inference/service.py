@@ -1,0 +1,144 @@
+"""The engine in a thread of its own, for callers in other threads and in event loops."""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from exaone_jax.inference.engine import Engine, Update
+from exaone_jax.inference.sampling import SamplingParams
+from exaone_jax.inference.scheduler import Request
+
+OnUpdate = Callable[[Update | Exception], None]
+
+
+class OverloadedError(RuntimeError):
+    """As many requests wait as may."""
+
+
+class EngineDiedError(RuntimeError):
+    """The engine's thread has ended: nothing is served any more."""
+
+
+class Service:
+    """Runs an engine. Everything here may be called from any thread.
+
+    Args:
+        engine: which nobody else steps.
+        max_waiting: requests that may wait for a place; more are refused.
+    """
+
+    def __init__(self, engine: Engine, *, max_waiting: int = 256):
+        self._engine, self._max_waiting = engine, max_waiting
+        self._wake = threading.Condition()
+        self._arrived: deque[tuple[Request, OnUpdate]] = deque()
+        self._cancelled: deque[int] = deque()
+        self._listeners: dict[int, OnUpdate] = {}
+        self._closing = self._draining = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams, on_update: OnUpdate, *, cache_salt: str = ""
+    ) -> int:
+        """Queue a request and return its number. on_update hears every Update, the last with its finish_reason, or the
+        EngineDiedError that ends it; it is called in the engine's thread and must not wait.
+
+        Raises InputError for what cannot be served, OverloadedError where too many wait, EngineDiedError.
+        """
+        request = self._engine.prepare(prompt, params, cache_salt=cache_salt)
+        with self._wake:
+            if self._closing or self._draining or not self.alive:
+                raise EngineDiedError("the engine takes no more requests") from self._error
+            waiting = len(self._arrived) + len(self._engine.scheduler.waiting)
+            if waiting >= self._max_waiting:
+                raise OverloadedError(f"{waiting} requests wait already, and at most {self._max_waiting} may")
+            self._arrived.append((request, on_update))
+            self._wake.notify()
+        return request.id
+
+    def cancel(self, number: int) -> None:
+        """End a request; its listener hears "cancelled", unless it has heard the end before."""
+        with self._wake:
+            self._cancelled.append(number)
+            self._wake.notify()
+
+    async def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, cache_salt: str = ""
+    ) -> AsyncIterator[Update]:
+        """The updates of one request; leaving the iterator early cancels it. Raises as `submit`."""
+        loop, updates = asyncio.get_running_loop(), asyncio.Queue[Update | Exception]()
+
+        def tell(update: Update | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens any more
+                loop.call_soon_threadsafe(updates.put_nowait, update)
+
+        number = self.submit(prompt, params, tell, cache_salt=cache_salt)
+        ended = False
+        try:
+            while not ended:
+                update = await updates.get()
+                if isinstance(update, Exception):
+                    ended = True
+                    raise update
+                ended = update.finish_reason is not None
+                yield update
+        finally:
+            if not ended:
+                self.cancel(number)
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Take no more requests and end the thread: when all are done, or at once, and those still running hear so."""
+        with self._wake:
+            self._draining, self._closing = True, not drain
+            self._wake.notify()
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            while self._take():
+                for update in self._engine.step():
+                    self._tell(update)
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._hang_up()
+
+    def _take(self) -> bool:
+        """Wait for work and hand it to the engine; False when there will be none any more."""
+        with self._wake:
+            while not (self._closing or self._arrived or self._engine.busy):
+                if self._draining:
+                    return False
+                self._wake.wait()
+            arrived, cancelled = list(self._arrived), list(self._cancelled)
+            self._arrived.clear()
+            self._cancelled.clear()
+            for request, on_update in arrived:
+                self._listeners[request.id] = on_update
+                self._engine.add(request)
+            for number in cancelled:
+                self._engine.cancel(number)
+            return not self._closing
+
+    def _tell(self, update: Update) -> None:
+        ended = update.finish_reason is not None
+        listener = self._listeners.pop(update.request) if ended else self._listeners[update.request]
+        listener(update)
+
+    def _hang_up(self) -> None:
+        """Tell all who still listen that nothing more comes."""
+        with self._wake:
+            self._closing = True
+            left = [*self._listeners.values(), *(on_update for _, on_update in self._arrived)]
+            self._listeners.clear()
+            self._arrived.clear()
+        for listener in left:
+            listener(EngineDiedError("the engine has ended"))
