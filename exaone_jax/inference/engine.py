@@ -165,6 +165,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a prepared request."""
         self._requests[request.id] = request
+        self.stats.prompt_tokens += request.prompt_length
         self.scheduler.add(request)
 
     def cancel(self, number: int) -> None:
@@ -213,7 +214,6 @@ class Engine:
             if not request.told:
                 self._device.admit(request)
                 if not request.preemptions:
-                    self.stats.prompt_tokens += request.prompt_length
                     self.stats.cached_tokens += request.cached
         emitted = self._device.run(entries)
         self.scheduler.launched(entries)

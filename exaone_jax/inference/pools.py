@@ -71,11 +71,12 @@ def plan_pools(config: ModelConfig, ask: PoolRequest, memory: int) -> tuple[Grou
     needed = sum(group.table_width * group.page_bytes for group in found)
     if needed > memory:
         raise ConfigError(_too_small(found, ask, needed, memory))
-    # Windows have one sequence at its widest, as one chunk is being written at a time, and typical pages for all others.
+    # Windows have one sequence at its widest, as one chunk is being written at a time, and typical pages for all others,
+    # be they running or remembered.
     typical = [_typical_pages(group.window, ask) for group in found]
     one = sum(pages * group.page_bytes for pages, group in zip(typical, found, strict=True))
     windows = sum(p * g.page_bytes for p, g in zip(typical, found, strict=True) if g.window is not None)
-    sequences = min(ask.max_sequences, memory / one, 1 + (memory - needed) / windows if windows else math.inf)
+    sequences = min(memory / one, 1 + (memory - needed) / windows if windows else math.inf)
     left, out = memory, []
     for group, pages in reversed(list(zip(found, typical, strict=True))):
         if group.window is None:  # last: what the windows leave
