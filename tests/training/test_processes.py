@@ -74,7 +74,7 @@ def test_processes_and_devices_do_not_matter(tmp_path: Path) -> None:
     assert re.fullmatch(r"final loss \d\.\d+ sha256 [0-9a-f]{64}", expected)
     halves = finish(start(parts, "stop_after=3", processes=2, devices=2))
     assert [code for code, _, _ in halves] == [0, 0], halves
-    assert halves[1][1] == ""  # one process speaks
+    assert "step " not in halves[1][1]  # one process speaks; gloo prints a word of its own
     ended = finish(start(parts, processes=4, devices=1))
     assert "going on from" in ended[0][1]
     assert final(ended[0]) == expected
