@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from exaone_jax.checkpoints.load import checkpoint_config, open_checkpoint, read_open
 from exaone_jax.checkpoints.names import ParameterPath
 from exaone_jax.checkpoints.native import files_beside_weights
-from exaone_jax.config import ModelConfig, published, read_config
+from exaone_jax.config import ModelConfig, published, read_config, to_hf
 from exaone_jax.config.data import DataConfig
 from exaone_jax.config.run import OptimizerConfig, RunConfig
 from exaone_jax.data.packing import PackedRows
@@ -30,7 +30,7 @@ from exaone_jax.model import Transformer
 from exaone_jax.model.linear import RouterBias
 from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE
 from exaone_jax.parallel import MeshShape, make_mesh, partition_spec, place
-from exaone_jax.text import ChatTemplate, Tokenizer, train_bpe
+from exaone_jax.text import ChatTemplate, Tokenizer, detect_generation, train_bpe
 from exaone_jax.training.loss import LossConfig, has_mtp_loss
 from exaone_jax.training.optimizer import Optimizer, adamw, cosine, frozen, muon, wsd
 from exaone_jax.training.saves import Identity
@@ -67,7 +67,7 @@ class Setup:
     config: RunConfig
     model: ModelConfig
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplate
     files: dict[str, Path]
     mesh: Mesh
     stages: tuple[Stage, ...]
@@ -105,7 +105,7 @@ def set_up(config: RunConfig) -> Setup:
     """Everything but the arrays. Raises ConfigError, CheckpointError or InputError where the run cannot be."""
     model = _model_config(config)
     tokenizer, files = _tokenizer(config, model)
-    template = _template(tokenizer, model)
+    template = _template(config, model, tokenizer)
     mesh = make_mesh(MeshShape(fsdp=-1) if config.mesh is None else MeshShape.parse(config.mesh))
     weights = config.loss
     loss = LossConfig(
@@ -222,12 +222,17 @@ def _tokenizer(config: RunConfig, model: ModelConfig) -> tuple[Tokenizer, dict[s
     return tokenizer, files
 
 
-def _template(tokenizer: Tokenizer, model: ModelConfig) -> ChatTemplate | None:
-    return ChatTemplate.for_tokenizer(tokenizer, model.model_type) if tokenizer.chat_templates else None
+def _template(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> ChatTemplate:
+    """The tokenizer's own, or that of the model's generation."""
+    if config.init_from is not None:
+        return ChatTemplate.for_checkpoint(config.init_from, tokenizer)
+    own = tokenizer.chat_templates.get("default")
+    generation = detect_generation(to_hf(model), template=own, tokens=tokenizer.control_tokens)
+    return ChatTemplate.for_tokenizer(tokenizer, generation)
 
 
 def _stages(
-    config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None, mesh: Mesh
+    config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate, mesh: Mesh
 ) -> Iterator[Stage]:
     context, batch_size, accumulate, data = config.context, config.batch_size, config.accumulate, config.data
     starts = [0, *(stage.start for stage in config.stages), config.steps]
@@ -245,9 +250,7 @@ def _stages(
         yield Stage(start, stop, context, batch_size, accumulate, rows, first)
 
 
-def _rows(
-    data: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None, length: int, opened: dict[Any, Rows]
-) -> Rows:
+def _rows(data: DataConfig, tokenizer: Tokenizer, template: ChatTemplate, length: int, opened: dict[Any, Rows]) -> Rows:
     key = (data.model_dump_json(), length)
     if key not in opened:
         opened[key] = open_rows(data, tokenizer, template, length)

@@ -52,6 +52,17 @@ def test_a_batch_in_parts_is_the_batch(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, a.router_biases, b.router_biases)
 
 
+def test_conversations_are_learnt_by_the_template_of_the_generation(tmp_path: Path) -> None:
+    """The tokenizer of bytes has no template of its own. Only the assistant's turns count."""
+    path = tmp_path / "chat.jsonl"
+    record = {"messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "defgh"}]}
+    path.write_text(f"{json.dumps(record)}\n" * 16)
+    recipe = {"stop_after": 1, "context": 64, "data": {"sources": [{"path": str(path)}]}}
+    train(small_run(tmp_path, **recipe))
+    (line,) = lines(tmp_path)
+    assert 0 < line["tokens"] < 16 * (len("defgh") + 8)  # the answer, its end of turn, and what thinking adds
+
+
 def test_a_frozen_router_stays(tmp_path: Path) -> None:
     recipe = {"model": SPARSE, "freeze_router": True, "steps": 3, "router_bias_rate": 0.5}
     train(small_run(tmp_path, **recipe))
