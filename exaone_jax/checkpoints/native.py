@@ -249,7 +249,7 @@ class _writing:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(value, ValueError | RuntimeError):
-            raise StorageError(f"{self._where}: cannot be written: {str(value)[:300]}") from value
+            raise StorageError(f"{self._where}: cannot be written: {str(value)[:1000]}") from value
 
 
 class NativeDirectory:
@@ -290,7 +290,7 @@ class NativeDirectory:
         try:
             array = _open_array(folder, self._context, None)
         except ValueError as error:
-            raise CheckpointError(f"{folder}: cannot be opened: {str(error)[:300]}") from error
+            raise CheckpointError(f"{folder}: cannot be opened: {str(error)[:1000]}") from error
         found = (tuple(array.shape), array.dtype.name)
         if found != (shape, _ZARR_DTYPE[dtype]):
             raise CheckpointError(
@@ -302,7 +302,7 @@ class NativeDirectory:
         try:
             return view.read(order="C").result()
         except (ValueError, RuntimeError) as error:  # a checksum that does not match, a chunk that is gone
-            raise CheckpointError(f"{self.path}: {name} cannot be read: {str(error)[:300]}") from error
+            raise CheckpointError(f"{self.path}: {name} cannot be read: {str(error)[:1000]}") from error
 
     def read_rows(self, name: str, begin: int = 0, end: int | None = None) -> Bits:
         """Rows of a tensor as raw bits, Hugging Face layout."""

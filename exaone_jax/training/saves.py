@@ -243,7 +243,7 @@ def read_step(folder: Path, like: TrainState, identity: Identity) -> TrainState:
             store = _open(folder / name, manifest["arrays"][name], context, write=False)
             arrays[name] = jax.make_array_from_callback(struct.shape, struct.sharding, _reading(store))
         except (ValueError, RuntimeError, OSError) as error:  # a checksum that is wrong, a chunk that is gone
-            raise DamagedStep(f"{folder / name}: cannot be read: {str(error)[:300]}") from error
+            raise DamagedStep(f"{folder / name}: cannot be read: {str(error)[:1000]}") from error
     return with_arrays(like, arrays)
 
 
@@ -299,7 +299,7 @@ def _write_parts(partial: Path, parts: list[_Part], layout: Mapping[str, Any], *
         for future in pending:
             future.result()
     except (ValueError, RuntimeError) as error:
-        raise StorageError(f"{partial}: cannot be written: {str(error)[:300]}") from error
+        raise StorageError(f"{partial}: cannot be written: {str(error)[:1000]}") from error
 
 
 def _write_small(

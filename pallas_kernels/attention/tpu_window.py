@@ -88,8 +88,10 @@ def make_plan(
     unroll = tiles.window_unroll_backward if backward else tiles.window_unroll
     if num_tiles <= most:
         size = ceil_to(num_tiles, unroll) if num_tiles >= 4 * unroll else num_tiles
-    else:
-        # The least padding, then the longest block. The backward hands on one block at most: none is shorter than the look-back.
+        size = (
+            max(size, back) if backward else size
+        )  # it hands on one block at most: none is shorter than the look-back
+    else:  # the least padding, then the longest block
         sizes = [n for n in range(max(back, most // 2), most + 1) if n % unroll == 0] or [most]
         size = min(sizes, key=lambda n: (ceil_to(num_tiles, n), -n))
     while size % unroll:

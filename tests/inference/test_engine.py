@@ -170,8 +170,9 @@ def test_a_prefix_that_is_remembered_changes_nothing(name: str, drafts: int):
         before = engine.stats.cached_tokens
         assert tokens_of(engine, [row], [params]) == [want]
         found = engine.stats.cached_tokens - before
-        alike = next((i for i, (a, b) in enumerate(zip(row, base, strict=False)) if a != b), min(len(row), len(base)))
-        assert found <= alike
+        said = [earlier + more for earlier, more in zip(rows[:i], wanted[:i], strict=True)]
+        alike = [next((n for n, (a, b) in enumerate(zip(row, old, strict=False)) if a != b), len(row)) for old in said]
+        assert found <= max(alike, default=0)
         if i and row[: len(base)] == base:
             assert found == (len(base) - 1) // page * page
     check_empty(engine)
@@ -270,7 +271,12 @@ def test_greedy_is_that_of_transformers(tmp_path):
     for _ in range(2):
         for row, said in zip(rows, tokens_of(engine, rows, [params] * 4), strict=True):
             theirs = hf.model.generate(
-                torch.tensor([row]), do_sample=False, max_new_tokens=new, min_new_tokens=new, eos_token_id=None
+                torch.tensor([row]),
+                attention_mask=torch.ones(1, len(row), dtype=torch.long),  # else it hides what equals the padding token
+                do_sample=False,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                eos_token_id=None,
             )
             assert said == theirs[0, len(row) :].tolist()
     assert engine.stats.cached_tokens > 0
@@ -365,12 +371,12 @@ def test_numbers_that_are_not_finite_end_their_request_alone(drafts: int):
 # Memory
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_no_step_copies_the_pages(drafts: int, dtype):
-    """They are donated and written in place: what a step needs beside them is less than one layer's keys."""
+def test_no_step_copies_the_pages(drafts: int):
+    """They are donated and written in place: what a step needs beside them is less than one layer's keys. In float32:
+    XLA:CPU computes bfloat16 in float32, and copies for that."""
     layers = (K_EXAONE.layers[0], LayerSpec(rope=False)) * 2
-    model = make(K_EXAONE.model_copy(update={"layers": layers}), dtype=dtype)
+    model = make(K_EXAONE.model_copy(update={"layers": layers}), dtype=jnp.float32)
     settings = EngineConfig(
         max_requests=4, max_length=1024, rows_per_step=16, page_size=16, draft_tokens=drafts, kv_bytes=60_000_000
     )
@@ -389,11 +395,16 @@ def test_no_step_copies_the_pages(drafts: int, dtype):
 def test_on_a_mesh():
     from flax import nnx
 
-    from exaone_jax.parallel.placement import place
+    from exaone_jax.parallel import init_model, parameter_shardings
 
-    placement = place(K_EXAONE, make_mesh(MeshShape.parse("expert=2,tensor=2"), devices=jax.devices()[:4]))
-    model = Transformer(K_EXAONE, dtype=jnp.float32, rngs=nnx.Rngs(0), placement=placement)
-    nnx.update(model, nnx.state(model_of("k-exaone")))
+    mesh = make_mesh(MeshShape.parse("expert=2,tensor=2"), devices=jax.devices()[:4])
+    model = init_model(K_EXAONE, mesh)
+    shardings = parameter_shardings(nnx.state(model), mesh)
+    values = [
+        (path, leaf.replace(jax.device_put(leaf[...], shardings[path])))
+        for path, leaf in nnx.to_flat_state(nnx.state(model_of("k-exaone")))
+    ]
+    nnx.update(model, nnx.from_flat_state(values))
     engine = Engine(model, EngineConfig(**SMALL, draft_tokens=2, kv_bytes=400_000))
     assert tokens_of(engine, PROMPTS[:8], PARAMS[:8]) == expected("k-exaone")[:8]
 

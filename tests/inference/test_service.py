@@ -97,12 +97,14 @@ def test_leaving_a_stream_cancels_it(service: Service):
 
 def test_more_than_may_wait_are_refused_and_the_others_served(service: Service):
     heard: list[Update | Exception] = []
-    release, refused = threading.Event(), 0
+    entered, release, refused = threading.Event(), threading.Event(), 0
 
     def first(update: Update | Exception) -> None:
+        entered.set()
         release.wait(60)  # holds the engine's thread, so that what comes waits
 
     service.submit(prompt(), long(2), first)
+    assert entered.wait(60)
     for _ in range(20):
         try:
             service.submit(prompt(), long(2), heard.append)
