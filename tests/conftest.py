@@ -1,6 +1,7 @@
 """Settings of every test process, made before jax or torch is imported: they read them once, at import."""
 
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -46,3 +47,11 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A worker that kept the compiled programs of every file would end with many gigabytes."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
