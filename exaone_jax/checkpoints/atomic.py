@@ -51,7 +51,7 @@ def check_output(dst: Path, overwrite: bool) -> None:
         raise StorageError(f"{dst}: exists and is not empty; expected a new directory, or overwrite")
 
 
-def _lock(directory: Path) -> int | None:
+def lock(directory: Path) -> int | None:
     """Lock a directory for this process: a descriptor, or None where another process holds it."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -79,7 +79,7 @@ def sweep(dst: Path) -> list[str]:
         else:
             stale.rename(dst)
     for stale in _leftovers(dst, "partial"):
-        fd = _lock(stale)
+        fd = lock(stale)
         if fd is None:
             raise StorageError(f"{dst}: another process is writing it ({stale.name})")
         try:
@@ -118,7 +118,7 @@ def new_directory(dst: Path, *, overwrite: bool, may_go: Callable[[Path, Path], 
     fd = None
     try:
         with storage_errors(str(dst)):
-            fd = _lock(partial)
+            fd = lock(partial)
         if fd is None:  # another process took it for a leftover before it was locked, and removes it
             raise StorageError(f"{dst}: another process is writing it, and sweeps {partial.name}")
         yield partial
@@ -145,14 +145,14 @@ def _refuse_foreign(dst: Path, partial: Path, may_go: Callable[[Path, Path], boo
 def _replace(partial: Path, dst: Path) -> None:
     if not dst.is_dir() or not any(dst.iterdir()):
         partial.rename(dst)
-        _sync(dst.parent)
+        sync(dst.parent)
         return
     old = partial
     if not _exchange(partial, dst):
         old = _beside(dst, "replaced")
         dst.rename(old)
         partial.rename(dst)
-    _sync(dst.parent)
+    sync(dst.parent)
     shutil.rmtree(old)
 
 
@@ -169,7 +169,8 @@ def _exchange(a: Path, b: Path) -> bool:
     raise OSError(code, os.strerror(code), str(b))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -186,7 +187,7 @@ def sync_tree(root: Path) -> None:
     walk = list(os.walk(root))
     paths = [Path(folder) / name for folder, _, names in walk for name in ("", *names)]
     with ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="sync") as pool:
-        list(pool.map(_sync, paths))
+        list(pool.map(sync, paths))
 
 
 def write_new(path: Path, data: bytes) -> None:

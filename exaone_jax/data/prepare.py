@@ -10,7 +10,6 @@ Each file is written under a partial name, synced and renamed. A killed run goes
 """
 
 import ctypes
-import fcntl
 import hashlib
 import importlib
 import json
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from exaone_jax.checkpoints.atomic import storage_errors
+from exaone_jax.checkpoints.atomic import lock, storage_errors, sync
 from exaone_jax.config.data import SourceConfig
 from exaone_jax.data.documents import Counts, Encoder
 from exaone_jax.data.sources import JOB, MANIFEST, PART_BYTES, Part, parts_of
@@ -237,12 +236,10 @@ def _identity(job: Job, shards: Iterable[Shard]) -> dict[str, Any]:
 @contextmanager
 def _locked(out: Path) -> Generator[None]:
     out.mkdir(parents=True, exist_ok=True)
-    fd = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if (fd := lock(out)) is None:
+        raise StorageError(f"{out}: another process is preparing it")
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except BlockingIOError as error:
-        raise StorageError(f"{out}: another process is preparing it") from error
     finally:
         os.close(fd)
 
@@ -288,19 +285,11 @@ def _partial(file: Path) -> Generator[Path]:
     partial = file.with_name(f"{file.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.rename(file)
-        _sync(file.parent)
+        sync(file.parent)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _write_json(file: Path, value: object) -> None:

@@ -2,7 +2,7 @@
 
 from exaone_jax.parallel.mesh import MESH_AXES, MeshShape, make_mesh
 from exaone_jax.parallel.placement import MeshPlacement, init_model, place
-from exaone_jax.parallel.rules import RULES, Rules, parameter_shardings, partition_spec
+from exaone_jax.parallel.rules import RULES, Rules, parameter_shardings, partition_spec, sharded_shapes
 
 __all__ = [
     "MESH_AXES",
@@ -15,4 +15,5 @@ __all__ = [
     "parameter_shardings",
     "partition_spec",
     "place",
+    "sharded_shapes",
 ]

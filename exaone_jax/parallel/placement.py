@@ -101,19 +101,9 @@ class MeshPlacement:
         q, k, _ = qkv
         queries, keys = self.spec(q.shape, _CACHED_HEADS), self.spec(k.shape, _CACHED_KV_HEADS)
         cache, rows = self.spec(layer.k.shape, CACHE_AXES), PartitionSpec(queries[0])
-        layers = (cache, cache)
+        layers = LayerKV(*cast(Any, (cache, cache)))
         specs = (layers, PartitionSpec(), rows, rows, queries, keys, keys)
-
-        def local(
-            layer: tuple[jax.Array, jax.Array], *rest: jax.Array
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            out, updated = run(LayerKV(*layer), *rest)
-            return out, tuple(updated)
-
-        out, updated = self._map(local, specs, (queries, layers))(
-            tuple(layer), jnp.asarray(index), lengths, valid, *qkv
-        )
-        return out, LayerKV(*updated)
+        return self._map(run, specs, (queries, layers))(layer, jnp.asarray(index), lengths, valid, *qkv)
 
     def attend_paged(
         self,
@@ -125,18 +115,9 @@ class MeshPlacement:
         """Every device has its heads of every page, and the whole table."""
         queries, keys = self.spec(qkv[0].shape, _PAGED_HEADS), self.spec(qkv[1].shape, _PAGED_KV_HEADS)
         pages = self.spec(layer.k.shape, PAGES_AXES)
-        specs = ((pages, pages), (queries, keys, keys), (PartitionSpec(),) * len(where))
-
-        def local(
-            layer: tuple[jax.Array, jax.Array], qkv: tuple[jax.Array, ...], where: tuple[jax.Array, ...]
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            out, updated = run(LayerKV(*layer), qkv, *where)
-            return out, tuple(updated)
-
-        out, updated = self._map(local, specs, (queries, (pages, pages)))(
-            tuple(layer), qkv, tuple(map(jnp.asarray, where))
-        )
-        return out, LayerKV(*updated)
+        layers = LayerKV(*cast(Any, (pages, pages)))
+        specs = (layers, (queries, keys, keys), *(PartitionSpec(),) * len(where))
+        return self._map(run, specs, (queries, layers))(layer, qkv, *map(jnp.asarray, where))
 
     def per_token(
         self, run: Callable[..., T], each: tuple[jax.Array, ...], whole: tuple[tuple[jax.Array, Axes], ...] = ()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -79,6 +79,24 @@ def parameter_shardings(
         spec = partition_spec(".".join(map(str, path)), value.shape, axes, mesh, rules)
         shardings[cast(Path, path)] = NamedSharding(mesh, spec)
     return shardings
+
+
+def sharded_shapes(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """A tree of shapes with shardings: parameters, and what an optimizer keeps for each, by their logical axes; scalars whole."""
+
+    def shard(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+        variable = isinstance(leaf, nnx.Variable)
+        value = leaf.get_value() if variable else leaf
+        if not hasattr(value, "shape"):  # optax masked it out
+            return leaf
+        spec = PartitionSpec()
+        if variable:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            spec = partition_spec(name, value.shape, leaf.get_metadata("axes"), mesh)
+        struct = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, spec))
+        return leaf.replace(struct) if variable else struct
+
+    return jax.tree_util.tree_map_with_path(shard, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def sharded_bytes(value: jax.ShapeDtypeStruct | jax.Array, sharding: NamedSharding) -> int:

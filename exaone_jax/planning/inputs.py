@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from exaone_jax.config import ModelConfig, layer_plan
 from exaone_jax.config.model import DType
@@ -20,7 +20,7 @@ from exaone_jax.model import Transformer
 from exaone_jax.model.cache import CACHE_AXES, KVCache, init_cache
 from exaone_jax.model.linear import Axes, RouterBias
 from exaone_jax.model.placement import ONE_DEVICE, Placement
-from exaone_jax.parallel import MeshPlacement, partition_spec, place
+from exaone_jax.parallel import MeshPlacement, place, sharded_shapes
 from exaone_jax.planning.workload import Mode, Workload
 from exaone_jax.training.optimizer import adamw
 
@@ -75,7 +75,7 @@ class _State(NamedTuple):
 
 @lru_cache(maxsize=4)  # a search tries many batches on one mesh
 def _state(config: ModelConfig, mode: Mode, dtype: DType, mesh: Mesh | AbstractMesh) -> _State:
-    return _State(*(_sharded(tree, mesh) for tree in _shapes(config, mode, dtype)))
+    return _State(*(sharded_shapes(tree, mesh) for tree in _shapes(config, mode, dtype)))
 
 
 @cache
@@ -97,19 +97,6 @@ def _check_divides(work: Workload, mesh: Mesh | AbstractMesh) -> None:
         raise ConfigError(f"batch: found {work.batch} rows, expected a multiple of data x fsdp x expert = {rows}")
     if work.context % mesh.shape["context"]:
         raise ConfigError(f"context: {work.context:,} tokens do not divide into context={mesh.shape['context']} parts")
-
-
-def _sharded(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Parameters, and what an optimizer keeps for each, by their logical axes; scalars whole everywhere."""
-
-    def shard(leaf: Any) -> Any:
-        variable = isinstance(leaf, nnx.Variable)
-        value = leaf.get_value() if variable else leaf
-        spec = partition_spec("", value.shape, leaf.get_metadata("axes"), mesh) if variable else PartitionSpec()
-        struct = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, spec))
-        return leaf.replace(struct) if variable else struct
-
-    return jax.tree.map(shard, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _cache(config: ModelConfig, work: Workload, placement: MeshPlacement) -> KVCache:

@@ -147,6 +147,7 @@ class _Run:
         self.held_out: list[PackedRows] | None = None
         chip = report.chip_here(setup.mesh.devices.flat[0])
         self.peak = None if chip is None else chip.flops / chip.devices
+        self.flops = {stage.start: self._model_flops(stage) for stage in setup.stages}
 
     def go(self, strict_resume: bool) -> Outcome:
         with self.clock.phase("init"):
@@ -310,8 +311,7 @@ class _Run:
     def _figures(self, pending: _Pending, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
         stage, devices = pending.stage, self.setup.mesh.size
         speed = stage.batch_size * stage.context / seconds / devices
-        work = workload(self.setup.model, "train", stage.batch_size, stage.context, remat=self.setup.loss.remat)
-        flops = step_flops(self.setup.model, work).model / seconds / devices
+        flops = self.flops[stage.start] / seconds / devices
         loss = metrics.loss
         optional = {"mtp_loss": loss.mtp_loss, "balance_loss": loss.balance_loss}
         return {
@@ -329,6 +329,11 @@ class _Run:
             "seconds": seconds,
             **report.expert_figures(None if loss.expert_load is None else np.asarray(loss.expert_load)),
         }
+
+    def _model_flops(self, stage: Stage) -> int:
+        """Of one of its steps."""
+        work = workload(self.setup.model, "train", stage.batch_size, stage.context, remat=self.setup.loss.remat)
+        return step_flops(self.setup.model, work).model
 
     def _asked(self) -> jax.Array:
         """What this process asks all for, on each of its devices: to stop, to save."""

@@ -11,7 +11,6 @@ that every process writes its own. Which step is the latest is decided by number
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import threading
@@ -28,7 +27,7 @@ import numpy as np
 import tensorstore as ts
 from flax import nnx
 
-from exaone_jax.checkpoints.atomic import check_free_space, copy_file, storage_errors, sync_tree, write_new
+from exaone_jax.checkpoints.atomic import check_free_space, copy_file, storage_errors, sync, sync_tree, write_new
 from exaone_jax.checkpoints.directory import CONFIG_FILE
 from exaone_jax.checkpoints.names import path_name
 from exaone_jax.checkpoints.native import (
@@ -174,7 +173,7 @@ class Saver:
             partial.mkdir(parents=True, exist_ok=True)
             check_free_space(partial, sum(part.data.nbytes for part in parts) + _HEADROOM)
             problem = ""
-            _write_parts(partial, parts, layout, sync=self._count > 1)
+            _write_parts(partial, parts, layout, synced=self._count > 1)
         except (StorageError, OSError) as error:
             problem = str(error)
         if self._count == 1:
@@ -207,7 +206,7 @@ class Saver:
             if final.exists():  # a step that is saved again, after a fall-back to one before
                 _remove(final)
             partial.rename(final)
-            _sync_folder(self.folder)
+            sync(self.folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -286,8 +285,8 @@ def _open(folder: Path, array: Mapping[str, Any], context: ts.Context, *, write:
     return ts.open(spec | {"fill_missing_data_reads": False}, open=True, read=True, context=context).result()
 
 
-def _write_parts(partial: Path, parts: list[_Part], layout: Mapping[str, Any], *, sync: bool) -> None:
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": sync})
+def _write_parts(partial: Path, parts: list[_Part], layout: Mapping[str, Any], *, synced: bool) -> None:
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": synced})
     stores, pending = {}, []
     try:
         for part in parts:
@@ -408,14 +407,6 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
     shutil.rmtree(gone)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _said(partial: Path, rank: int) -> Path:

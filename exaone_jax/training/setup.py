@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from exaone_jax.checkpoints.load import checkpoint_config, open_checkpoint, read_open
 from exaone_jax.checkpoints.names import ParameterPath
@@ -29,7 +29,7 @@ from exaone_jax.errors import ConfigError
 from exaone_jax.model import Transformer
 from exaone_jax.model.linear import RouterBias
 from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE
-from exaone_jax.parallel import MeshShape, make_mesh, partition_spec, place
+from exaone_jax.parallel import MeshShape, make_mesh, partition_spec, place, sharded_shapes
 from exaone_jax.text import ChatTemplate, Tokenizer, detect_generation, train_bpe
 from exaone_jax.training.loss import LossConfig, has_mtp_loss
 from exaone_jax.training.optimizer import Optimizer, adamw, cosine, frozen, muon, wsd
@@ -281,25 +281,7 @@ def _abstract(config: RunConfig, model: ModelConfig, mesh: Mesh, optimizer: Opti
 
     graphdef, params, biases = nnx.split(nnx.eval_shape(make), nnx.Param, RouterBias)
     fresh = partial(fresh_state, optimizer=optimizer, ema=config.ema is not None, window=config.guard.window)
-    return graphdef, sharded(jax.eval_shape(fresh, params, biases), mesh)
-
-
-def sharded(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Shapes with shardings: parameters, and what an optimizer keeps for each, by their logical axes; scalars whole."""
-
-    def shard(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        variable = isinstance(leaf, nnx.Variable)
-        value = leaf.get_value() if variable else leaf
-        if not hasattr(value, "shape"):  # optax masked it out
-            return leaf
-        spec = PartitionSpec()
-        if variable:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            spec = partition_spec(name, value.shape, leaf.get_metadata("axes"), mesh)
-        struct = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, spec))
-        return leaf.replace(struct) if variable else struct
-
-    return jax.tree_util.tree_map_with_path(shard, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return graphdef, sharded_shapes(jax.eval_shape(fresh, params, biases), mesh)
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

@@ -528,13 +528,13 @@ def test_a_running_conversion_is_not_swept(larger: Path, tmp_path: Path):
 
 
 def test_a_directory_that_another_process_sweeps_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    lock, held = atomic._lock, []
+    lock, held = atomic.lock, []
 
     def lock_after_another(directory: Path) -> int | None:
         held.append(lock(directory))  # flock goes by descriptor: this one is as good as another process
         return lock(directory)
 
-    monkeypatch.setattr(atomic, "_lock", lock_after_another)
+    monkeypatch.setattr(atomic, "lock", lock_after_another)
     with (
         pytest.raises(StorageError, match="another process is writing it"),
         atomic.new_directory(tmp_path / "out", overwrite=False, may_go=lambda *_: False),

@@ -395,16 +395,12 @@ def test_no_step_copies_the_pages(drafts: int):
 def test_on_a_mesh():
     from flax import nnx
 
-    from exaone_jax.parallel import init_model, parameter_shardings
+    from exaone_jax.parallel import init_model
+    from tests.parallel.small_model import moved
 
     mesh = make_mesh(MeshShape.parse("expert=2,tensor=2"), devices=jax.devices()[:4])
     model = init_model(K_EXAONE, mesh)
-    shardings = parameter_shardings(nnx.state(model), mesh)
-    values = [
-        (path, leaf.replace(jax.device_put(leaf[...], shardings[path])))
-        for path, leaf in nnx.to_flat_state(nnx.state(model_of("k-exaone")))
-    ]
-    nnx.update(model, nnx.from_flat_state(values))
+    nnx.update(model, moved(nnx.state(model_of("k-exaone")), nnx.state(model), mesh))
     engine = Engine(model, EngineConfig(**SMALL, draft_tokens=2, kv_bytes=400_000))
     assert tokens_of(engine, PROMPTS[:8], PARAMS[:8]) == expected("k-exaone")[:8]
 

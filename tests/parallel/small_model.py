@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from exaone_jax.config import LayerSpec, ModelConfig, MoEConfig
 from exaone_jax.data.packing import PackedRows
@@ -43,12 +44,16 @@ def on_mesh(shape: str, dtype: str = "float32") -> Transformer:
         lambda: Transformer(CONFIG, dtype=dtype, param_dtype="float32", rngs=nnx.Rngs(0), placement=place(CONFIG, mesh))
     )
     graphdef, abstract = nnx.split(placed)
+    return nnx.merge(graphdef, moved(nnx.state(one_device()), abstract, mesh))
+
+
+def moved(state: nnx.State, abstract: nnx.State, mesh: Mesh) -> nnx.State:
+    """A model's values, on the devices of a mesh where those of `abstract` are to lie."""
     shardings = parameter_shardings(abstract, mesh)
     values = [
-        (path, leaf.replace(jax.device_put(leaf[...], shardings[path])))
-        for path, leaf in nnx.to_flat_state(nnx.state(one_device()))
+        (path, leaf.replace(jax.device_put(leaf[...], shardings[path]))) for path, leaf in nnx.to_flat_state(state)
     ]
-    return nnx.merge(graphdef, nnx.from_flat_state(values))
+    return nnx.from_flat_state(values)
 
 
 def rows(batch: int, length: int) -> PackedRows:

@@ -87,7 +87,9 @@ def test_a_step_that_is_not_finite_changes_nothing(
         assert histories == [(False, 1, False, False, 0), (True, 1, False, True, 0), (True, 1, False, True, 0)]
     else:
         assert histories == [(False, 1, False, False, 0), (True, 2, True, False, 1), (False, 3, False, False, 1)]
-        assert metrics.learning_rate == ADAMW.schedule(1)  # the optimizer has seen one step before
+        # the optimizer has seen one step before; compiled in the step, the schedule may round its last bit otherwise
+        assert float(metrics.learning_rate) == pytest.approx(float(ADAMW.schedule(1)), rel=2**-22)
+        assert float(ADAMW.schedule(2)) != pytest.approx(float(ADAMW.schedule(1)), rel=2**-20)
 
 
 def test_a_spike_is_skipped_where_asked(poison, small_model: Transformer, batch: PackedRows) -> None:
