@@ -7,9 +7,10 @@ planned. A request that turns out to be done has one step too many in flight, wh
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from exaone_jax.errors import ConfigError, InputError
 from exaone_jax.inference.generate import check_request
 from exaone_jax.inference.pools import Holding, KeyChain, PoolRequest, Pools, plan_pools
-from exaone_jax.inference.sampling import RowSampling, SamplingParams
-from exaone_jax.inference.scheduler import Entry, NoRoomError, Request, Scheduler
-from exaone_jax.inference.step import Batch, Emitted, ServingState, admit, init_state, serving_step
+from exaone_jax.inference.sampling import MAX_STOP_IDS, RowSampling, SamplingParams
+from exaone_jax.inference.scheduler import Entry, NoRoomError, Request, Scheduler, TokenLogprobs
+from exaone_jax.inference.step import Batch, Emitted, Scores, ServingState, Terms, admit, init_state, serving_step
 from exaone_jax.inference.text import TextRow
 from exaone_jax.model import PagedCache, Transformer
 from exaone_jax.model.relayout import with_mtp_window
@@ -62,16 +63,48 @@ class EngineConfig(BaseModel):
 
 
 @dataclasses.dataclass(frozen=True)
+class Summary:
+    """A request that has ended. cached_tokens: of the prompt, found in the cache and not read.
+
+    arrived, started, first_token, finished: when it was prepared, first ran, had a token and ended; seconds of
+    time.monotonic, None for what never was.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    preemptions: int
+    arrived: float
+    started: float | None
+    first_token: float | None
+    finished: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Update:
     """What is new of one request: tokens, their text, and why it ended, if it has.
 
-    "error": the model's logits were not finite.
+    A token that ends the text is among the tokens and not in the text. "error": the model's logits were not finite.
+    logprobs: one for each of the tokens, if they were asked for. prompt_logprobs: with the first tokens, if they were asked
+    for; one for each token of the prompt, None for the first. summary: with the finish_reason.
     """
 
     request: int
     tokens: list[int]
     text: str = ""
     finish_reason: Reason | None = None
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    summary: Summary | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How busy the engine is. pages: the share that is held of each group's, under the group's window (None: global)."""
+
+    running: int
+    waiting: int
+    pages: dict[int | None, float]
 
 
 @dataclasses.dataclass
@@ -125,10 +158,10 @@ class Engine:
             itemsize=jnp.dtype(model.dtype).itemsize,
             mtp=drafts > 0,
         )
-        planned = plan_pools(model.config, ask, settings.kv_bytes or _free_memory(slots * model.config.vocab_size * 5))
+        planned = plan_pools(model.config, ask, settings.kv_bytes or _free_memory(slots * model.config.vocab_size * 9))
         self.pools = Pools(planned, settings.page_size, slots)
         self.scheduler = Scheduler(self.pools, slots, settings.rows_per_step, drafts, remember=settings.prefix_caching)
-        self._device = _Device(model, self.pools, settings)
+        self._device = _Device(model, self.pools, settings, max_ends=len(self.stop_ids) + MAX_STOP_IDS)
         self.stats = Stats(accepted=[0] * drafts)
         self._ids = itertools.count()
         self._requests: dict[int, Request] = {}
@@ -159,8 +192,11 @@ class Engine:
         check_request(self.config, "the prompt", ids, params, self.max_length)
         ids = list(map(int, ids))
         chain = KeyChain(self.settings.page_size, lookahead=int(self.settings.draft_tokens > 0), salt=cache_salt)
-        text = None if self.tokenizer is None else TextRow(self.tokenizer, params.stop)
-        return Request(next(self._ids), ids, params, chain, Holding(len(self.pools.groups)), len(ids), text)
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids)
+        text = None
+        if self.tokenizer is not None:
+            text = TextRow(self.tokenizer, params.stop, min_tokens=params.min_tokens, unsaid=ends)
+        return Request(next(self._ids), ids, params, chain, Holding(len(self.pools.groups)), len(ids), text, ends)
 
     def add(self, request: Request) -> None:
         """Queue a prepared request."""
@@ -171,8 +207,15 @@ class Engine:
     def cancel(self, number: int) -> None:
         """End a request; the next step tells so. One that is not known (any more) is left as it is."""
         if number in self._requests:
-            self.scheduler.end(self._requests.pop(number))
-            self._ended.append(Update(number, [], finish_reason="cancelled"))
+            request = self._requests.pop(number)
+            self.scheduler.end(request)
+            self._ended.append(Update(number, [], finish_reason="cancelled", summary=_summary(request)))
+
+    def load(self) -> Load:
+        """How busy the engine is. Any thread may call this at any time."""
+        windows = [group.window for group in self.pools.groups]
+        pages = dict(zip(windows, self.pools.used(), strict=True))
+        return Load(len(self.scheduler.running), len(self.scheduler.waiting), pages)
 
     def step(self) -> list[Update]:
         """Start the next step on the device, and tell what came of the one before."""
@@ -225,65 +268,124 @@ class Engine:
         flight, self._flight = self._flight, None
         if flight is None:
             return []
-        tokens, counts, finite = (np.asarray(x) for x in flight.emitted)
-        updates = []
-        for entry, row, count, good in zip(flight.entries, tokens, counts, finite, strict=False):
-            request = entry.request
+        tokens, counts, finite = (np.asarray(x) for x in flight.emitted[:3])
+        scores, prompt_scores = _read_scores(flight)
+        updates, first_row = [], 0
+        for i, entry in enumerate(flight.entries):
+            request, rows, count = entry.request, first_row, int(counts[i])
+            first_row += entry.rows
             if request.done:
                 continue
-            new = row[:count].tolist()
+            new = tokens[i, :count].tolist()
             self.scheduler.collected(entry, new)
             if entry.first is None and self.settings.draft_tokens:
                 self.stats.drafted += 1
                 for j in range(count - 1):
                     self.stats.accepted[j] += 1
-            if new or not good:
-                updates.append(self._update(request, new, good=bool(good)))
+            if prompt_scores is not None:
+                _take_prompt_scores(entry, prompt_scores, rows)
+            if new or not finite[i]:
+                best = request.params.logprobs
+                told = [] if scores is None or best is None else _logprobs(scores, i, new, best)
+                updates.append(self._update(request, new, told, good=bool(finite[i])))
         self.stats.preemptions = self.scheduler.preemptions
         return updates
 
-    def _update(self, request: Request, new: list[int], *, good: bool) -> Update:
+    def _update(self, request: Request, new: list[int], logprobs: list[TokenLogprobs], *, good: bool) -> Update:
         """Tell the new tokens, up to where the request ends, and end it there."""
-        generated, before = request.generated, len(request.generated) - len(new)
-        stops = frozenset[int]() if request.params.ignore_eos else self.stop_ids
-        stop = next((i + 1 for i in range(before, len(generated)) if generated[i] in stops), None)
-        end = min(len(generated), request.params.max_new_tokens, stop or len(generated))
-        reason: Reason | None = "stop" if stop == end else "length" if end == request.params.max_new_tokens else None
-        text = ""
+        params, before = request.params, request.num_generated - len(new)
+        left = params.max_new_tokens - before
+        may_end = max(0, params.min_tokens - before)  # the first of the new tokens that may
+        stop = next((i + 1 for i in range(may_end, len(new)) if new[i] in request.ends), None)
+        end = min(len(new), left, stop or len(new))
+        reason: Reason | None = "stop" if stop == end else "length" if end == left else None
+        text, prompt_logprobs = "", None
         if not good:
-            reason, end = "error", before
+            reason, end = "error", 0
         elif request.text is not None:
-            text = request.text.read(generated[:end])
+            text = request.text.feed(new[:end])
             if request.text.stopped:
-                end, reason = request.text.used, "stop"
+                end, reason = request.text.used - before, "stop"
             elif reason is not None:
                 text += request.text.flush()
+        if good and not before:
+            request.first_token = time.monotonic()
+            prompt_logprobs = None if params.prompt_logprobs is None else request.prompt_logprobs
+        summary = None
         if reason is not None:
+            del request.tokens[request.prompt_length + before + end :]
             self.scheduler.end(request, keep=good)
             del self._requests[request.id]
-        self.stats.generated_tokens += end - before
-        return Update(request.id, generated[before:end], text, reason)
+            summary = _summary(request)
+        self.stats.generated_tokens += end
+        return Update(request.id, new[:end], text, reason, logprobs[:end], prompt_logprobs, summary)
+
+
+def _summary(request: Request) -> Summary:
+    return Summary(
+        prompt_tokens=request.prompt_length,
+        cached_tokens=request.cached,
+        generated_tokens=request.num_generated,
+        preemptions=request.preemptions,
+        arrived=request.arrived,
+        started=request.started,
+        first_token=request.first_token,
+        finished=time.monotonic(),
+    )
+
+
+def _read_scores(flight: _Flight) -> tuple[Scores | None, Scores | None]:
+    """(of what was drawn, of prompts) as numpy arrays, None where nobody asks."""
+    asked = [entry.request.params for entry in flight.entries]
+    drawn = any(params.logprobs is not None for params in asked)
+    prompts = any(params.prompt_logprobs is not None for params in asked)
+    return (
+        jax.tree.map(np.asarray, flight.emitted.scores) if drawn else None,
+        jax.tree.map(np.asarray, flight.emitted.prompt_scores) if prompts else None,
+    )
+
+
+def _logprobs(scores: Scores, row: int | slice, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """Of the tokens that a row (or each of some rows) of the scores begins with, with `count` best ones."""
+    found = (x[row].tolist() for x in (scores.own, scores.best_ids[..., :count], scores.best[..., :count]))
+    return [
+        TokenLogprobs(token, own, list(zip(ids, best, strict=True)))
+        for token, own, ids, best in zip(tokens, *found, strict=False)
+    ]
+
+
+def _take_prompt_scores(entry: Entry, scores: Scores, row: int) -> None:
+    """Note what is new of a chunk, whose first row is `row`, for a request that wants to know; after it was put off, it reads
+    some tokens again."""
+    request = entry.request
+    if entry.first is None or request.params.prompt_logprobs is None:
+        return
+    known = len(request.prompt_logprobs)
+    new = request.tokens[known : min(entry.first + entry.rows + 1, request.prompt_length)]
+    first = row + known - 1 - entry.first  # what follows a position is told by its row
+    request.prompt_logprobs += _logprobs(scores, slice(first, None), new, request.params.prompt_logprobs)
 
 
 class _Device:
     """The compiled programs, and the state that they pass on."""
 
-    def __init__(self, model: Transformer, pools: Pools, settings: EngineConfig):
+    def __init__(self, model: Transformer, pools: Pools, settings: EngineConfig, *, max_ends: int):
         graphdef, params = nnx.split(model)
         windows = tuple(group.window for group in pools.groups)
         pages = {group.window: group.pages for group in pools.groups}
         self.slots, self.vocab = settings.max_requests, model.config.vocab_size
         self.drafts, self.pools, self._params = settings.draft_tokens, pools, params
-        greedy = RowSampling.of([SamplingParams()] * self.slots)
-        state = init_state(model, pages, settings.page_size, self.slots, self.drafts, greedy)
         self._everywhere = _replicated(params)
+        shapes = {"counts": jnp.int32, "in_prompt": bool, "bias": jnp.float32}
+        self._zeros = {name: jnp.zeros((1, self.vocab), dtype) for name, dtype in shapes.items()}
+        self._zeros = jax.device_put(self._zeros, self._everywhere)
+        self._max_ends = max_ends
+        nobody = self._terms(SamplingParams(), (), [], ())
+        state = init_state(model, pages, settings.page_size, self.slots, self.drafts, nobody)
         cache = state.cache  # laid out by the placement; everything else is whole everywhere
         state = jax.device_put(dataclasses.replace(state, cache=PagedCache((), None)), self._everywhere)
         self._state = dataclasses.replace(state, cache=cache)
         self._tables = self._current_tables()
-        self._zeros = jax.device_put(
-            (jnp.zeros((self.vocab,), jnp.int32), jnp.zeros((self.vocab,), bool)), self._everywhere
-        )
         kept = jax.tree.map(lambda x: x.sharding, self._state)
 
         def step(
@@ -300,24 +402,36 @@ class _Device:
         self.sizes = _buckets(settings)
         with ThreadPoolExecutor(os.cpu_count()) as workers:
             self._steps = dict(zip(self.sizes, workers.map(compiled, self.sizes), strict=True))
-        example = (self._state, np.int32(0), np.int32(0), RowSampling.of([SamplingParams()]), *self._zeros)
-        self._admit = admit_jit.lower(*example).compile()
+        self._admit = admit_jit.lower(self._state, np.int32(0), nobody).compile()
 
     def admit(self, request: Request) -> None:
         """Tell the state whose slot it is."""
         if request.slot is None:
             raise RuntimeError(f"request {request.id} has no slot")
-        counts, in_prompt = self._zeros
-        if request.params.penalised:
-            prompt = request.tokens[: request.prompt_length]
-            counts = np.bincount(request.generated, minlength=self.vocab).astype(np.int32)
-            in_prompt = np.zeros(self.vocab, bool)
-            in_prompt[prompt] = True
-        sampling = RowSampling.of([request.params])
-        self._state = self._admit(
-            self._state, np.int32(request.slot), np.int32(request.limit), sampling, counts, in_prompt
-        )
+        prompt, generated = request.tokens[: request.prompt_length], request.tokens[request.prompt_length :]
+        terms = self._terms(request.params, prompt, generated, request.ends)
+        self._state = self._admit(self._state, np.int32(request.slot), terms)
         request.told = True
+
+    def _terms(
+        self, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int], ends: Collection[int]
+    ) -> Terms:
+        """What a request asks for, of one slot."""
+        ids = np.full((1, self._max_ends), self.vocab, np.int32)
+        ids[0, : len(ends)] = sorted(ends)
+        terms: dict[str, Any] = self._zeros | {
+            "limits": np.array([len(prompt) + params.max_new_tokens - 1], np.int32),
+            "min_lengths": np.array([len(prompt) + params.min_tokens], np.int32),
+            "ends": ids,
+            "biased": np.array([bool(params.logit_bias)]),
+        }
+        if params.penalised:
+            terms["counts"] = np.bincount(generated, minlength=self.vocab).astype(np.int32)[None]
+            terms["in_prompt"] = np.isin(np.arange(self.vocab), prompt)[None]
+        if params.logit_bias:
+            tokens, bias = zip(*params.logit_bias, strict=True)
+            terms["bias"] = np.bincount(tokens, bias, self.vocab).astype(np.float32)[None]
+        return Terms(**terms, sampling=RowSampling.of([params]))
 
     def run(self, entries: list[Entry]) -> Emitted:
         """Start a step; what it emits can be waited for."""
@@ -325,7 +439,8 @@ class _Device:
         sizes = next((n, a) for n, a in self.sizes if n >= rows and a >= len(entries))
         batch, row = self._empty(*sizes), 0
         for i, entry in enumerate(entries):
-            batch.slots[i] = entry.request.slot
+            params = entry.request.params
+            batch.slots[i], batch.scored[i] = entry.request.slot, params.logprobs is not None
             if entry.first is None:
                 batch.first[i] = -1
             else:
@@ -333,6 +448,7 @@ class _Device:
                 batch.tokens[row : row + entry.rows] = entry.request.tokens[entry.first : end]
                 batch.first[i], batch.draws[i] = entry.first, entry.draws
                 batch.after[i] = 0 if entry.draws else entry.request.tokens[end]
+                batch.prompt_scored[i] = params.prompt_logprobs is not None
             row += entry.rows
             batch.starts[i + 1 :] = row
         if self.pools.changed:
@@ -345,7 +461,8 @@ class _Device:
             return np.zeros(count, kind)
 
         slots = np.full(requests, self.slots, np.int32)
-        return Batch(zeros(rows), zeros(requests + 1), slots, zeros(requests), zeros(requests), zeros(requests, bool))
+        flags = (zeros(requests, bool) for _ in range(3))
+        return Batch(zeros(rows), zeros(requests + 1), slots, zeros(requests), zeros(requests), *flags)
 
     def _current_tables(self) -> tuple[jax.Array, ...]:
         self.pools.changed = False

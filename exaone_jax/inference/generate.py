@@ -21,6 +21,8 @@ _SMALLEST_CHUNK = 16
 # Cache capacities are rounded up to this, so that prompts of similar length share a compiled program.
 _CAPACITY_STEP = 256
 
+_ENGINE_ONLY = ("stop_token_ids", "min_tokens", "logit_bias", "logprobs", "prompt_logprobs")
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -241,16 +243,26 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequenc
         raise InputError(f"drafts must be a whole number in [0, 15], found {drafts!r}")
     for row, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
         check_request(config, f"prompt {row}", prompt, sampling, config.max_position_embeddings)
+        if asked := [
+            name for name in _ENGINE_ONLY if getattr(sampling, name) != SamplingParams.model_fields[name].default
+        ]:
+            raise InputError(f"prompt {row} asks for {', '.join(asked)}, which the serving engine alone has")
 
 
 def check_request(config: ModelConfig, name: str, prompt: Sequence[int], params: SamplingParams, room: int) -> None:
-    """Raises InputError for a prompt that is empty, has ids outside the vocabulary, or no room for its answer."""
+    """Raises InputError for a prompt that is empty or has no room for its answer, and ids outside the vocabulary."""
     if not len(prompt):
         raise InputError(f"{name} is empty: it needs at least one token")
     for token in prompt:
         if not isinstance(token, int | np.integer) or not 0 <= token < config.vocab_size:
             raise InputError(
                 f"{name} has token id {token!r}, expected integers in the vocabulary [0, {config.vocab_size})"
+            )
+    named = {"stop_token_ids": params.stop_token_ids, "logit_bias": [token for token, _ in params.logit_bias]}
+    for field, ids in named.items():
+        if outside := [token for token in ids if token >= config.vocab_size]:
+            raise InputError(
+                f"{field} has token id {outside[0]}, expected ids in the vocabulary [0, {config.vocab_size})"
             )
     total = len(prompt) + params.max_new_tokens
     if total > room:

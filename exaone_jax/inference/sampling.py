@@ -1,23 +1,55 @@
 """From logits to tokens: penalties, temperature, filters and draws that depend on a row's seed and position alone."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from exaone_jax.errors import InputError
 
 _REMOVED = -jnp.inf
 GREEDY_EPSILON = 1e-5  # a temperature below this is greedy, as in vLLM: dividing by it would overflow
+MAX_LOGPROBS = 20  # most tokens beside the chosen one whose log-probabilities can be asked for
+MAX_STOP_IDS = 64
+
+
+def _sorted_by_id(bias: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    if len({token for token, _ in bias}) < len(bias):
+        raise ValueError("a token id comes more than once")
+    return tuple(sorted(bias))
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+LogitBias = Annotated[  # a mapping, or its items; kept as items, which can be hashed
+    tuple[tuple[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], ...],
+    BeforeValidator(lambda given: tuple(given.items()) if isinstance(given, Mapping) else given),
+    AfterValidator(_sorted_by_id),
+]
 
 
 class SamplingParams(BaseModel):
-    """How to choose tokens. The default is greedy.
+    """How to choose tokens, when to end, and what to tell of it. The default is greedy.
 
-    Filters apply in transformers' order: penalties, temperature, top-k, top-p, min-p. presence and frequency penalties
-    look at generated tokens, the repetition penalty at the prompt too.
+    Logits change in this order: logit_bias, penalties, temperature, top-k, top-p, min-p, as in transformers and vLLM.
+    presence and frequency penalties look at generated tokens, the repetition penalty at the prompt too.
+
+    stop: texts that end it and are left out. stop_token_ids: tokens that end it beside those of the model.
+    min_tokens: so many tokens come before anything but max_new_tokens ends it: until then tokens that would are not drawn, and
+    stop strings pass.
+    logit_bias: token id -> what is added to its logit.
+    logprobs: tell each new token's log-probability and those of so many best ones, under the model's own distribution,
+    before anything above changes it; prompt_logprobs: the same of the prompt's tokens. None: do not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,7 +64,19 @@ class SamplingParams(BaseModel):
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
     seed: int = Field(default=0, ge=0, lt=2**32)
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=MAX_STOP_IDS)
+    min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
+    logit_bias: LogitBias = ()
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @field_validator("min_tokens")
+    @classmethod
+    def _at_most_all(cls, value: int, info: ValidationInfo) -> int:
+        if value > (most := info.data.get("max_new_tokens", value)):
+            raise ValueError(f"at most max_new_tokens, {most}, may be asked for")
+        return value
 
     @property
     def penalised(self) -> bool:

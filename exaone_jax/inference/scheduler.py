@@ -5,8 +5,10 @@ Pages are reserved for the most and let go of for the least.
 """
 
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from exaone_jax.inference.pools import Holding, KeyChain, Pools
 from exaone_jax.inference.sampling import SamplingParams
@@ -17,6 +19,14 @@ class NoRoomError(Exception):
     """Pages lack, and whoever should give some has work in flight: collect it and plan again."""
 
 
+class TokenLogprobs(NamedTuple):
+    """A token's log-probability under the model's own distribution, and the best tokens' (id, log-probability), best first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """One sequence.
@@ -24,6 +34,8 @@ class Request:
     tokens: the prompt, of `prompt_length`, and what was generated. to_read: how many of them are read as a prompt, those
     that are known at admission. settled: positions in the cache for sure, in the steps launched so far.
     pending: launched steps that decode, flights: launched steps of any kind, whose results were not looked at.
+    arrived, started, first_token: when it was made, first had a slot, and had a token; seconds of time.monotonic.
+    ends: tokens that end it. prompt_logprobs: of the prompt's tokens, as far as they were read; the first has none.
     """
 
     id: int
@@ -33,6 +45,8 @@ class Request:
     holding: Holding
     prompt_length: int
     text: TextRow | None  # what the tokens say, where there is a tokenizer
+    ends: frozenset[int] = frozenset()
+    prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=lambda: [None])
     slot: int | None = None
     to_read: int = 0
     settled: int = 0
@@ -42,10 +56,13 @@ class Request:
     cached: int = 0  # tokens of the prompt that were found in the cache, at the first admission
     preemptions: int = 0
     done: bool = False
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
+    started: float | None = None
+    first_token: float | None = None
 
     @property
-    def generated(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
 
     @property
     def limit(self) -> int:
@@ -55,6 +72,13 @@ class Request:
     @property
     def reading(self) -> bool:
         return self.settled < self.to_read
+
+    @property
+    def first_needed(self) -> int:
+        """The first position that must be computed though it may be remembered: what follows it is not known."""
+        if self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length:
+            return len(self.prompt_logprobs) - 1
+        return len(self.tokens) - 1
 
     def least(self) -> int:
         """Positions settled when everything in flight has been."""
@@ -174,8 +198,7 @@ class Scheduler:
         """Give the request a slot and what it needs of remembered pages, if all of its tokens have room."""
         slot, holding = self.free_slots[-1], request.holding
         keys = request.chain.extend(request.tokens) if self.remember else []
-        most = (len(request.tokens) - 1) // self.pools.page_size  # one token at least is computed
-        count, known = self.pools.match(keys, most)
+        count, known = self.pools.match(keys, request.first_needed // self.pools.page_size)
         self.pools.attach(slot, holding, keys, count)
         spare = len(self.running)  # a page for each request that runs, so that none is put off at once
         missing = self.pools.missing(holding, len(request.tokens))
@@ -183,11 +206,11 @@ class Scheduler:
             self.pools.release(holding)
             return False
         # Windows are kept where prompts were seen to part, and at the end of each.
-        holding.checkpoints = {known, min(most, len(keys))}
+        holding.checkpoints = {known, min((len(request.tokens) - 1) // self.pools.page_size, len(keys))}
         request.slot = self.free_slots.pop()
         request.to_read, request.settled = len(request.tokens), count * self.pools.page_size
         if not request.preemptions:
-            request.cached = request.settled
+            request.cached, request.started = request.settled, time.monotonic()
         self.running.append(request)
         return True
 

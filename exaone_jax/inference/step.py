@@ -8,18 +8,39 @@ Daliri et al. 2024, arXiv 2408.07978). The drafter draws with the same noise, wh
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from exaone_jax.inference.sampling import RowSampling, draw, log_distribution, penalise
+from exaone_jax.inference.sampling import MAX_LOGPROBS, RowSampling, draw, log_distribution, penalise
 from exaone_jax.model import PagedCache, Rows, Transformer
 from exaone_jax.model.paged import Window
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 _TOKEN = 0  # purpose of the random draws, as in `decode`
+_SCORED_ROWS = 64  # of a prompt whose logits are in memory at once
+
+
+class Terms(NamedTuple):
+    """What is asked for in each of S slots.
+
+    limits: int32 `[S]`, positions ever settled: the last token is not read. min_lengths: int32 `[S]`, positions below which none
+    of ends (int32 `[S, E]`, filled up with V) is drawn.
+    counts int32 `[S, V]` of generated tokens and in_prompt bool `[S, V]` feed the penalties. bias: float32 `[S, V]`, added to
+    logits; biased: bool `[S]`, whether any of it is not zero.
+    """
+
+    limits: jax.Array
+    min_lengths: jax.Array
+    ends: jax.Array
+    counts: jax.Array
+    in_prompt: jax.Array
+    bias: jax.Array
+    biased: jax.Array
+    sampling: RowSampling
 
 
 @jax.tree_util.register_dataclass
@@ -27,19 +48,15 @@ _TOKEN = 0  # purpose of the random draws, as in `decode`
 class ServingState:
     """What stays on the device between steps; S slots, k drafts.
 
-    lengths: int32 `[S]`, positions settled in the cache. limits: int32 `[S]`, how many ever are: the last token is not read.
-    last: int32 `[S]`, the newest token, not in the cache yet. drafts: int32 `[S, k]`, proposed to follow it.
-    counts int32 `[S, V]` of generated tokens and in_prompt bool `[S, V]` feed the penalties.
+    lengths: int32 `[S]`, positions settled in the cache. last: int32 `[S]`, the newest token, not in the cache yet.
+    drafts: int32 `[S, k]`, proposed to follow it.
     """
 
     cache: PagedCache
     lengths: jax.Array
-    limits: jax.Array
     last: jax.Array
     drafts: jax.Array
-    counts: jax.Array
-    in_prompt: jax.Array
-    sampling: RowSampling
+    terms: Terms
 
 
 class Batch(NamedTuple, Generic[Array]):
@@ -48,6 +65,7 @@ class Batch(NamedTuple, Generic[Array]):
     tokens: int32 `[N]` of prompts; rows that decode take theirs from the state. starts: int32 `[A + 1]`, first rows.
     slots: int32 `[A]`; S for padding. first: int32 `[A]`, position of the first row of a prompt's chunk, -1 to decode.
     after: int32 `[A]`, the token after a chunk. draws: bool `[A]`, whether the chunk is the prompt's last.
+    scored, prompt_scored: bool `[A]`, whether log-probabilities are wanted of what is drawn, and of what a chunk holds.
     """
 
     tokens: Array
@@ -56,21 +74,36 @@ class Batch(NamedTuple, Generic[Array]):
     first: Array
     after: Array
     draws: Array
+    scored: Array
+    prompt_scored: Array
+
+
+class Scores(NamedTuple):
+    """Log-probabilities under the model's own distribution: float32 `[…]` of a token, float32 `[…, n]` of the best ones with
+    their ids int32 `[…, n]`. Zeros where nobody wants them."""
+
+    own: jax.Array
+    best: jax.Array
+    best_ids: jax.Array
 
 
 class Emitted(NamedTuple):
-    """tokens int32 `[A, k + 1]` of which the first `count` (int32 `[A]`) are new; finite bool `[A]`, their logits were."""
+    """tokens int32 `[A, k + 1]` of which the first `count` (int32 `[A]`) are new; finite bool `[A]`, their logits were.
+
+    scores `[A, k + 1]` of the tokens; prompt_scores `[N]`, at each row of a chunk those of the token after it.
+    """
 
     tokens: jax.Array
     count: jax.Array
     finite: jax.Array
+    scores: Scores
+    prompt_scores: Scores
 
 
 def init_state(
-    model: Transformer, pages: dict[Window, int], page_size: int, slots: int, drafts: int, sampling: RowSampling
+    model: Transformer, pages: dict[Window, int], page_size: int, slots: int, drafts: int, terms: Terms
 ) -> ServingState:
-    """A state in which nothing runs. sampling: of the slots, to be written over by `admit`."""
-    vocab = model.config.vocab_size
+    """A state in which nothing runs. terms: any, of one slot, to be written over by `admit`."""
 
     def integers(*shape: int) -> jax.Array:
         return jnp.zeros((slots, *shape), jnp.int32)
@@ -78,31 +111,16 @@ def init_state(
     return ServingState(
         cache=model.init_paged_cache(pages, page_size, mtp=drafts > 0),
         lengths=integers(),
-        limits=integers(),
         last=integers(),
         drafts=integers(drafts),
-        counts=integers(vocab),
-        in_prompt=jnp.zeros((slots, vocab), bool),
-        sampling=sampling,
+        terms=jax.tree.map(lambda own: jnp.repeat(own, slots, axis=0), terms),
     )
 
 
-def admit(
-    state: ServingState,
-    slot: jax.Array,
-    limit: jax.Array,
-    sampling: RowSampling,
-    counts: jax.Array,
-    in_prompt: jax.Array,
-) -> ServingState:
-    """Give a slot to a request: its limit, sampling parameters (`[1]`), and counts and in_prompt `[V]`."""
-    return dataclasses.replace(
-        state,
-        limits=state.limits.at[slot].set(limit),
-        counts=state.counts.at[slot].set(counts),
-        in_prompt=state.in_prompt.at[slot].set(in_prompt),
-        sampling=jax.tree.map(lambda all_slots, own: all_slots.at[slot].set(own[0]), state.sampling, sampling),
-    )
+def admit(state: ServingState, slot: jax.Array, terms: Terms) -> ServingState:
+    """Give a slot to a request. terms: of one slot."""
+    written = jax.tree.map(lambda all_slots, own: all_slots.at[slot].set(own[0]), state.terms, terms)
+    return dataclasses.replace(state, terms=written)
 
 
 def serving_step(
@@ -125,21 +143,24 @@ def serving_step(
     drawn, emitted = _draw(model, state, batch, rows, hidden, own[:, 1:])
     added = jnp.where(decoding, emitted.count, jnp.diff(batch.starts))
     lengths, index = first + added, jnp.arange(drawn.shape[1])
-    place_new = jnp.where(index < emitted.count[:, None], drawn, state.counts.shape[1])  # out of range: dropped
+    counts = state.terms.counts
+    place_new = jnp.where(index < emitted.count[:, None], drawn, counts.shape[1])  # out of range: dropped
     newest = jnp.take_along_axis(drawn, jnp.maximum(emitted.count - 1, 0)[:, None], axis=1)[:, 0]
     state = dataclasses.replace(
         state,
         cache=cache,
         lengths=state.lengths.at[slots].set(lengths, mode="drop"),
         last=state.last.at[slots].set(jnp.where(emitted.count > 0, newest, state.last[slots]), mode="drop"),
-        counts=state.counts.at[slots[:, None], place_new].add(1, mode="drop"),
+        terms=state.terms._replace(counts=counts.at[slots[:, None], place_new].add(1, mode="drop")),
     )
+    # The token after each row: the next one of its chunk, what comes after the chunk, or what was drawn.
+    after = jnp.where(batch.draws, drawn[:, 0], batch.after)
+    ends = batch.starts[rows.sequence + 1] - 1 == jnp.arange(len(tokens))
+    following = jnp.where(ends, after[rows.sequence], jnp.roll(tokens, -1))
+    following = jnp.where(decoding[rows.sequence], drawn[rows.sequence, place], following)
+    wanted = rows.real & batch.prompt_scored[rows.sequence]
+    emitted = emitted._replace(prompt_scores=_score_prompts(model, hidden, following, wanted))
     if state.drafts.shape[1]:
-        # The token after each row: the next one of its chunk, what comes after the chunk, or what was drawn.
-        after = jnp.where(batch.draws, drawn[:, 0], batch.after)
-        ends = batch.starts[rows.sequence + 1] - 1 == jnp.arange(len(tokens))
-        following = jnp.where(ends, after[rows.sequence], jnp.roll(tokens, -1))
-        following = jnp.where(decoding[rows.sequence], drawn[rows.sequence, place], following)
         state = _draft(model, state, slots, rows, batch.starts[:-1] + added - 1, lengths, hidden, following)
     return state, emitted
 
@@ -155,13 +176,55 @@ def _draw(
     logits = model.logits(hidden[pick])
     drawn = _choose(logits, rows.positions[pick] + 1, state, slots, drafts, jnp.arange(k + 1))
     # Rows that a sequence has room for; a prompt's chunk has one drawn token, or none.
-    room = jnp.clip(state.limits[slots] - rows.positions[pick[:, 0]], 0, count)
+    room = jnp.clip(state.terms.limits[slots] - rows.positions[pick[:, 0]], 0, count)
     most = jnp.where(decoding, room, batch.draws)
     agree = (drawn[:, :k] == drafts) & (jnp.arange(1, k + 1) < most[:, None])
     held = jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1)
     number = jnp.where(most > 0, held + 1, 0)
     finite = jnp.all(jnp.isfinite(logits), axis=-1) | (jnp.arange(k + 1) >= number[:, None])
-    return drawn, Emitted(drawn, number, jnp.all(finite, axis=1))
+    scores = _score_if(jnp.any(batch.scored), logits, drawn)
+    return drawn, Emitted(drawn, number, jnp.all(finite, axis=1), scores, _no_scores(logits, (0,)))
+
+
+def _score_prompts(model: Transformer, hidden: jax.Array, following: jax.Array, wanted: jax.Array) -> Scores:
+    """Scores `[N]` of the tokens following int32 `[N]`, where wanted bool `[N]`; a few rows of logits at a time."""
+    count, size = len(hidden), min(len(hidden), _SCORED_ROWS)
+    blocks = -(-count // size)
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, blocks * size - count), *[(0, 0)] * (x.ndim - 1)]).reshape(blocks, size, *x.shape[1:])
+
+    def block(rows: Sequence[jax.Array]) -> Scores:
+        hidden, following, wanted = rows
+        return _score_if(jnp.any(wanted), model.logits(hidden), following)
+
+    def score(*rows: jax.Array) -> Scores:
+        scores = jax.lax.map(block, tuple(map(split, rows)))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], scores)
+
+    logits = jax.eval_shape(model.logits, hidden)
+    return jax.lax.cond(jnp.any(wanted), score, lambda *_: _no_scores(logits, (count,)), hidden, following, wanted)
+
+
+def _score_if(wanted: jax.Array, logits: jax.Array, tokens: jax.Array) -> Scores:
+    """Scores `[…]` of tokens int32 `[…]` by logits `[…, V]`, if wanted (bool, for all of them)."""
+
+    def score(logits: jax.Array, tokens: jax.Array) -> Scores:
+        best, ids = jax.lax.top_k(logits, _best(logits))
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+        return Scores((own - total)[..., 0], best - total, ids)
+
+    return jax.lax.cond(wanted, score, lambda *_: _no_scores(logits, tokens.shape), logits, tokens)
+
+
+def _no_scores(logits: jax.Array | jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Scores:
+    best = (*shape, _best(logits))
+    return Scores(jnp.zeros(shape, logits.dtype), jnp.zeros(best, logits.dtype), jnp.zeros(best, jnp.int32))
+
+
+def _best(logits: jax.Array | jax.ShapeDtypeStruct) -> int:
+    return min(MAX_LOGPROBS, logits.shape[-1])
 
 
 def _draft(
@@ -193,7 +256,7 @@ def _draft(
     ) -> tuple[jax.Array, PagedCache, jax.Array]:
         out, cache, drafts = carry
         single = Rows.of(rows.tables, rows.windows, ones, lengths + j - 1, len(slots))
-        single = single.only(slots < len(state.limits))
+        single = single.only(slots < len(state.lengths))
         out, cache = model.mtp_ragged_step(out, drafts[:, j - 1], cache, single)
         return out, cache, choose(out, drafts, j)
 
@@ -215,17 +278,24 @@ def _choose(
 ) -> jax.Array:
     """Tokens int32 `[A, n]` for these positions `[A, n]`, drawn from logits `[A, n, V]`, the i-th penalised as if the first
     before[i] of the drafts `[A, k]` had been generated."""
-    (count, each, vocab), k = logits.shape, drafts.shape[1]
-    rows = jnp.repeat(slots, each)
-    sampling = jax.tree.map(lambda x: x[rows], state.sampling)
+    (count, each, vocab), k, terms = logits.shape, drafts.shape[1], state.terms
+    rows, position = jnp.repeat(slots, each), position.reshape(-1)
+    sampling = jax.tree.map(lambda x: x[rows], terms.sampling)
+    early = position < terms.min_lengths[rows]
 
-    def penalised(logits: jax.Array) -> jax.Array:
-        index = jnp.where(jnp.arange(k) < before[:, None], drafts[:, None], vocab)  # [A, n, k]; out of range: dropped
-        index = index.reshape(count * each, k)
-        counts = state.counts[rows].at[jnp.arange(count * each)[:, None], index].add(1, mode="drop")
-        return penalise(logits, counts, state.in_prompt[rows], sampling)
+    def shaped(logits: jax.Array) -> jax.Array:
+        row = jnp.arange(count * each)[:, None]
+        ends = jnp.where(early[:, None], terms.ends[rows], vocab)  # out of range: dropped
+        logits = (logits + terms.bias[rows]).at[row, ends].set(-jnp.inf, mode="drop")
+        index = jnp.where(jnp.arange(k) < before[:, None], drafts[:, None], vocab)  # [A, n, k]
+        counts = terms.counts[rows].at[row, index.reshape(count * each, k)].add(1, mode="drop")
+        return penalise(logits, counts, terms.in_prompt[rows], sampling)
 
-    harsh = (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0) | (sampling.repetition_penalty != 1)
-    flat = logits.reshape(count * each, vocab)
-    log_probs = log_distribution(jax.lax.cond(jnp.any(harsh), penalised, lambda x: x, flat), sampling)
-    return draw(log_probs, sampling, position.reshape(-1), _TOKEN).reshape(count, each)
+    penalised = (
+        (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0) | (sampling.repetition_penalty != 1)
+    )
+    any_shaped = jnp.any(penalised | terms.biased[rows] | early)
+    log_probs = log_distribution(
+        jax.lax.cond(any_shaped, shaped, lambda x: x, logits.reshape(count * each, vocab)), sampling
+    )
+    return draw(log_probs, sampling, position, _TOKEN).reshape(count, each)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -48,22 +48,30 @@ class StopStrings:
 
     def __init__(self, stop: Sequence[str]):
         self._stop, self._held = tuple(stop), ""
+        self._passed = 0  # characters held back in which no stop string may end
         self.stopped = False
 
-    def feed(self, text: str) -> str:
-        """What can be shown of the text so far and not shown yet."""
+    def feed(self, text: str, *, may_stop: bool = True) -> str:
+        """What can be shown of the text so far and not shown yet. may_stop: a stop string may be complete in this piece."""
         if self.stopped:
             return ""
         self._held += text
+        if not may_stop:
+            self._passed = len(self._held)
         # The stop string that is complete first, so that the text does not depend on how it was cut into pieces.
-        found = [(place + len(s), place) for s in self._stop if (place := self._held.find(s)) >= 0]
+        found = [(place + len(s), place) for s in self._stop if (place := self._find(s)) >= 0]
         if found:
             self.stopped = True
             shown, self._held = self._held[: min(found)[1]], ""
             return shown
         keep = max((n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self._passed = max(0, self._passed - len(shown))
         return shown
+
+    def _find(self, stop: str) -> int:
+        """The first place of a stop string that ends in what may stop."""
+        return self._held.find(stop, max(0, self._passed + 1 - len(stop)))
 
     def flush(self) -> str:
         held, self._held = self._held, ""
@@ -71,11 +79,14 @@ class StopStrings:
 
 
 class TextRow:
-    """The text of one row as its tokens come."""
+    """The text of one row as its tokens come.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._tokenizer, self._seen = tokenizer, 0
+    stop: texts that end it, from the token of index min_tokens on. unsaid: tokens that have no text, as they end it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, min_tokens: int = 0, unsaid: Collection[int] = ()):
         self._decoder, self._stops = IncrementalDecoder(tokenizer, skip_special=True), StopStrings(stop)
+        self._min_tokens, self._unsaid = min_tokens, unsaid
         self.used = 0  # tokens read, up to the one that completes a stop string
         self.text = ""
 
@@ -83,13 +94,17 @@ class TextRow:
     def stopped(self) -> bool:
         return self._stops.stopped
 
-    def read(self, tokens: Sequence[int]) -> str:
-        """The further text of all tokens so far."""
-        before = len(self.text)
-        while self.used < len(tokens) and not self.stopped:
-            self.text += self._stops.feed(self._decoder.feed(tokens[self.used]))
+    def feed(self, new: Sequence[int]) -> str:
+        """The further text, with these tokens."""
+        pieces = []
+        for token in new:
+            if self.stopped:
+                break
+            text = "" if token in self._unsaid else self._decoder.feed(token)
+            pieces.append(self._stops.feed(text, may_stop=self.used >= self._min_tokens))
             self.used += 1
-        return self.text[before:]
+        self.text += (said := "".join(pieces))
+        return said
 
     def flush(self) -> str:
         new = self._stops.feed(self._decoder.flush()) + self._stops.flush()
@@ -135,7 +150,7 @@ def stream(
     decoding = Decoding(model, [ids], [params], draft_tokens, _stop_ids(model, tokenizer))
     row = TextRow(tokenizer, params.stop)
     while True:
-        if new := row.read(decoding.tokens()[0]):
+        if new := row.feed(decoding.tokens()[0][row.used :]):
             yield new
         if row.stopped or decoding.finished:
             break
@@ -237,7 +252,7 @@ def _stop_ids(model: Transformer, tokenizer: Tokenizer) -> tuple[int, ...]:
 def _look(decoding: Decoding, rows: Sequence[TextRow]) -> None:
     """Read what is new and end the rows whose stop string came."""
     for index, (row, tokens) in enumerate(zip(rows, decoding.tokens(), strict=True)):
-        row.read(tokens)
+        row.feed(tokens[row.used :])
         if row.stopped:
             decoding.stop(index)
 

@@ -66,7 +66,7 @@ class Simulation:
             else:
                 new = int(entry.draws)
             self.scheduler.collected(entry, self.rng.integers(0, 40, new).tolist())
-            if len(request.generated) >= request.params.max_new_tokens:
+            if request.num_generated >= request.params.max_new_tokens:
                 self.scheduler.end(request)
         self.flight = []
 
