@@ -22,8 +22,11 @@ Process = subprocess.Popen[str]
 TIMEOUT = 400
 
 
-def start(folder: Path, *overrides: str, processes: int = 1, devices: int = 1) -> list[Process]:
-    """The command line in so many processes of so many devices, over the `run.yaml` of a folder."""
+def start(folder: Path, *overrides: str, processes: int = 1, devices: int = 1, gloo: bool = False) -> list[Process]:
+    """The command line in so many processes of so many devices, over the `run.yaml` of a folder.
+
+    gloo: also one process sums over its devices as several do, in gloo's order and not in that of XLA:CPU's own collectives.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -32,7 +35,7 @@ def start(folder: Path, *overrides: str, processes: int = 1, devices: int = 1) -
     started = []
     for rank in range(processes):
         hosts = f"hosts={{coordinator: '{coordinator}', num_processes: {processes}, process_id: {rank}, heartbeat: 10}}"
-        arguments = [*command, hosts] if processes > 1 else command
+        arguments = [*command, hosts] if gloo or processes > 1 else command
         started.append(
             subprocess.Popen(
                 arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
@@ -64,25 +67,20 @@ def final(found: tuple[int, str, str]) -> str:
     return out.splitlines()[-1]
 
 
-def loss_of(line: str) -> float:
-    return float(re.fullmatch(r"final loss (\d\.\d+) sha256 [0-9a-f]{64}", line)[1])
-
-
 def test_processes_and_devices_do_not_matter(tmp_path: Path) -> None:
-    """1 x 4, and 2 x 2 that stops half way and goes on as 4 x 1: the same loss. Not the same bits: between processes sums
-    are made in another order, and an update of AdamW's first steps shows it."""
+    """1 x 4, and 2 x 2 that stops half way and goes on as 4 x 1: the same parameters, hash for hash."""
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     for folder in (straight, parts):
         folder.mkdir()
         yaml_file(folder, mesh="fsdp=4")
-    expected = final(finish(start(straight, devices=4))[0])
+    expected = final(finish(start(straight, devices=4, gloo=True))[0])
     assert re.fullmatch(r"final loss \d\.\d+ sha256 [0-9a-f]{64}", expected)
     halves = finish(start(parts, "stop_after=3", processes=2, devices=2))
     assert [code for code, _, _ in halves] == [0, 0], halves
     assert "step " not in halves[1][1]  # one process speaks; gloo prints a word of its own
     ended = finish(start(parts, processes=4, devices=1))
     assert "going on from" in ended[0][1]
-    assert loss_of(final(ended[0])) == pytest.approx(loss_of(expected), rel=1e-6)
+    assert final(ended[0]) == expected
 
 
 def test_sigterm_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
@@ -96,8 +94,8 @@ def test_sigterm_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
     assert saved_steps(checkpoints(tmp_path)) == [stopped]
     assert "SIGTERM: the run ends with this step saved" in ended[1][2]
     shutil.rmtree(tmp_path / "run")
-    again = finish(start(tmp_path, f"stop_after={stopped}", devices=4))
-    assert loss_of(final(again[0])) == pytest.approx(loss_of(ended[0][1].splitlines()[-1]), rel=1e-6)
+    again = finish(start(tmp_path, f"stop_after={stopped}", devices=4, gloo=True))
+    assert final(again[0]) == ended[0][1].splitlines()[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -183,7 +181,7 @@ def test_the_death_of_a_process_ends_the_others(tmp_path: Path) -> None:
     end = saved_steps(checkpoints(tmp_path))[0] + 3
     resumed = finish(start(tmp_path, f"stop_after={end}", processes=2, devices=2))
     shutil.rmtree(tmp_path / "run")
-    assert final(resumed[0]) == final(finish(start(tmp_path, f"stop_after={end}", devices=4))[0])
+    assert final(resumed[0]) == final(finish(start(tmp_path, f"stop_after={end}", devices=4, gloo=True))[0])
 
 
 @pytest.mark.slow
