@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from exaone_jax.errors import ConfigError, InputError
 from exaone_jax.inference.generate import check_request
+from exaone_jax.inference.grammar import Grammars
 from exaone_jax.inference.pools import Holding, KeyChain, PoolRequest, Pools, plan_pools
 from exaone_jax.inference.sampling import MAX_STOP_IDS, RowSampling, SamplingParams
 from exaone_jax.inference.scheduler import Entry, NoRoomError, Request, Scheduler, TokenLogprobs
@@ -84,7 +85,8 @@ class Summary:
 class Update:
     """What is new of one request: tokens, their text, and why it ended, if it has.
 
-    A token that ends the text is among the tokens and not in the text. "error": the model's logits were not finite.
+    A token that ends the text is among the tokens and not in the text. error: what went wrong, with the reason "error":
+    the model's logits were not finite, or a grammar could not be followed.
     logprobs: one for each of the tokens, if they were asked for. prompt_logprobs: with the first tokens, if they were asked
     for; one for each token of the prompt, None for the first. summary: with the finish_reason.
     """
@@ -96,6 +98,7 @@ class Update:
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     summary: Summary | None = None
+    error: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Engine:
         self.config, self.tokenizer = model.config, tokenizer
         ends = () if tokenizer is None else tokenizer.eos_ids
         self.stop_ids = frozenset((*model.config.eos_token_ids, *ends))
+        self._grammars = None if tokenizer is None else Grammars(tokenizer, model.config.vocab_size, self.stop_ids)
         slots, drafts = settings.max_requests, settings.draft_tokens
         ask = PoolRequest(
             page_size=settings.page_size,
@@ -186,8 +190,8 @@ class Engine:
 
         Raises InputError for what cannot be served.
         """
-        if self.tokenizer is None and params.stop:
-            raise InputError("this engine has no tokenizer, so it takes no stop strings")
+        if self.tokenizer is None and (params.stop or params.grammar):
+            raise InputError("this engine has no tokenizer, so it takes no stop strings and no grammar")
         ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_request(self.config, "the prompt", ids, params, self.max_length)
         ids = list(map(int, ids))
@@ -196,7 +200,11 @@ class Engine:
         text = None
         if self.tokenizer is not None:
             text = TextRow(self.tokenizer, params.stop, min_tokens=params.min_tokens, unsaid=ends)
-        return Request(next(self._ids), ids, params, chain, Holding(len(self.pools.groups)), len(ids), text, ends)
+        constraint = None
+        if params.grammar is not None and self._grammars is not None:
+            constraint = self._grammars.constraint(params.grammar)
+        holding = Holding(len(self.pools.groups))
+        return Request(next(self._ids), ids, params, chain, holding, len(ids), text, ends, constraint)
 
     def add(self, request: Request) -> None:
         """Queue a prepared request."""
@@ -268,7 +276,7 @@ class Engine:
         flight, self._flight = self._flight, None
         if flight is None:
             return []
-        tokens, counts, finite = (np.asarray(x) for x in flight.emitted[:3])
+        tokens, counts, finite, drafts = (np.asarray(x) for x in flight.emitted[:4])
         scores, prompt_scores = _read_scores(flight)
         updates, first_row = [], 0
         for i, entry in enumerate(flight.entries):
@@ -282,6 +290,8 @@ class Engine:
                 self.stats.drafted += 1
                 for j in range(count - 1):
                     self.stats.accepted[j] += 1
+            if request.constraint is not None:
+                request.drafts = drafts[i].tolist()
             if prompt_scores is not None:
                 _take_prompt_scores(entry, prompt_scores, rows)
             if new or not finite[i]:
@@ -299,26 +309,30 @@ class Engine:
         stop = next((i + 1 for i in range(may_end, len(new)) if new[i] in request.ends), None)
         end = min(len(new), left, stop or len(new))
         reason: Reason | None = "stop" if stop == end else "length" if end == left else None
-        text, prompt_logprobs = "", None
-        if not good:
+        text, prompt_logprobs, error = "", None, ""
+        if request.constraint is not None:
+            request.constraint.advance(new[:end])
+            error = request.constraint.error
+        if error or not good:
             reason, end = "error", 0
+            error = error or "the model's logits are not finite"
         elif request.text is not None:
             text = request.text.feed(new[:end])
             if request.text.stopped:
                 end, reason = request.text.used - before, "stop"
             elif reason is not None:
                 text += request.text.flush()
-        if good and not before:
+        if not error and not before:
             request.first_token = time.monotonic()
             prompt_logprobs = None if params.prompt_logprobs is None else request.prompt_logprobs
         summary = None
         if reason is not None:
             del request.tokens[request.prompt_length + before + end :]
-            self.scheduler.end(request, keep=good)
+            self.scheduler.end(request, keep=good)  # pages with numbers that are not finite are of no use
             del self._requests[request.id]
             summary = _summary(request)
         self.stats.generated_tokens += end
-        return Update(request.id, new[:end], text, reason, logprobs[:end], prompt_logprobs, summary)
+        return Update(request.id, new[:end], text, reason, logprobs[:end], prompt_logprobs, summary, error)
 
 
 def _summary(request: Request) -> Summary:
@@ -399,7 +413,11 @@ class _Device:
         def compiled(sizes: tuple[int, int]) -> jax.stages.Compiled:
             return step_jit.lower(self._params, self._state, self._tables, self._empty(*sizes)).compile()
 
-        self.sizes = _buckets(settings)
+        self.sizes, words = _buckets(settings), -(-self.vocab // 32)
+        self._no_masks = {
+            requests: jax.device_put(np.zeros((requests, self.drafts + 1, words), np.uint32), self._everywhere)
+            for _, requests in self.sizes
+        }
         with ThreadPoolExecutor(os.cpu_count()) as workers:
             self._steps = dict(zip(self.sizes, workers.map(compiled, self.sizes), strict=True))
         self._admit = admit_jit.lower(self._state, np.int32(0), nobody).compile()
@@ -438,17 +456,23 @@ class _Device:
         rows = sum(entry.rows for entry in entries)
         sizes = next((n, a) for n, a in self.sizes if n >= rows and a >= len(entries))
         batch, row = self._empty(*sizes), 0
+        if any(entry.emits and entry.request.constraint for entry in entries):
+            batch = batch._replace(masks=np.full(batch.masks.shape, np.iinfo(np.uint32).max, np.uint32))
         for i, entry in enumerate(entries):
-            params = entry.request.params
-            batch.slots[i], batch.scored[i] = entry.request.slot, params.logprobs is not None
+            request, params = entry.request, entry.request.params
+            batch.slots[i], batch.scored[i] = request.slot, params.logprobs is not None
             if entry.first is None:
                 batch.first[i] = -1
             else:
                 end = entry.first + entry.rows
-                batch.tokens[row : row + entry.rows] = entry.request.tokens[entry.first : end]
+                batch.tokens[row : row + entry.rows] = request.tokens[entry.first : end]
                 batch.first[i], batch.draws[i] = entry.first, entry.draws
-                batch.after[i] = 0 if entry.draws else entry.request.tokens[end]
+                batch.after[i] = 0 if entry.draws else request.tokens[end]
                 batch.prompt_scored[i] = params.prompt_logprobs is not None
+            if request.constraint is not None and entry.emits:
+                batch.constrained[i] = True
+                drafts = request.drafts if entry.first is None else ()
+                request.constraint.masks(drafts, batch.masks[i, : len(drafts) + 1])
             row += entry.rows
             batch.starts[i + 1 :] = row
         if self.pools.changed:
@@ -456,13 +480,24 @@ class _Device:
         self._state, emitted = self._steps[sizes](self._params, self._state, self._tables, batch)
         return emitted
 
-    def _empty(self, rows: int, requests: int) -> Batch[np.ndarray]:
+    def _empty(self, rows: int, requests: int) -> Batch[Any]:
+        """Nothing to do. All but the masks, which lie on the device, is to be written."""
+
         def zeros(count: int, kind: type = np.int32) -> np.ndarray:
             return np.zeros(count, kind)
 
-        slots = np.full(requests, self.slots, np.int32)
-        flags = (zeros(requests, bool) for _ in range(3))
-        return Batch(zeros(rows), zeros(requests + 1), slots, zeros(requests), zeros(requests), *flags)
+        return Batch(
+            tokens=zeros(rows),
+            starts=zeros(requests + 1),
+            slots=np.full(requests, self.slots, np.int32),
+            first=zeros(requests),
+            after=zeros(requests),
+            draws=zeros(requests, bool),
+            scored=zeros(requests, bool),
+            prompt_scored=zeros(requests, bool),
+            constrained=zeros(requests, bool),
+            masks=self._no_masks[requests],
+        )
 
     def _current_tables(self) -> tuple[jax.Array, ...]:
         self.pools.changed = False

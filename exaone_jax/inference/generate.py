@@ -21,7 +21,7 @@ _SMALLEST_CHUNK = 16
 # Cache capacities are rounded up to this, so that prompts of similar length share a compiled program.
 _CAPACITY_STEP = 256
 
-_ENGINE_ONLY = ("stop_token_ids", "min_tokens", "logit_bias", "logprobs", "prompt_logprobs")
+_ENGINE_ONLY = ("stop_token_ids", "min_tokens", "logit_bias", "logprobs", "prompt_logprobs", "grammar")
 
 FinishReason = Literal["stop", "length"]
 

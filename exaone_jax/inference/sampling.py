@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from exaone_jax.errors import InputError
+from exaone_jax.inference.grammar import Grammar
 
 _REMOVED = -jnp.inf
 GREEDY_EPSILON = 1e-5  # a temperature below this is greedy, as in vLLM: dividing by it would overflow
@@ -50,6 +51,7 @@ class SamplingParams(BaseModel):
     logit_bias: token id -> what is added to its logit.
     logprobs: tell each new token's log-probability and those of so many best ones, under the model's own distribution,
     before anything above changes it; prompt_logprobs: the same of the prompt's tokens. None: do not.
+    grammar: what the text must obey. Not together with min_tokens or ignore_eos: a grammar says where the text may end.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,12 +72,20 @@ class SamplingParams(BaseModel):
     logit_bias: LogitBias = ()
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    grammar: Grammar | None = None
 
     @field_validator("min_tokens")
     @classmethod
     def _at_most_all(cls, value: int, info: ValidationInfo) -> int:
         if value > (most := info.data.get("max_new_tokens", value)):
             raise ValueError(f"at most max_new_tokens, {most}, may be asked for")
+        return value
+
+    @field_validator("grammar")
+    @classmethod
+    def _alone(cls, value: Grammar | None, info: ValidationInfo) -> Grammar | None:
+        if value is not None and (others := [name for name in ("min_tokens", "ignore_eos") if info.data.get(name)]):
+            raise ValueError(f"a grammar says where the text may end, so it cannot be served with {', '.join(others)}")
         return value
 
     @property

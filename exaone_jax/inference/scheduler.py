@@ -7,9 +7,10 @@ Pages are reserved for the most and let go of for the least.
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from exaone_jax.inference.grammar import Constraint
 from exaone_jax.inference.pools import Holding, KeyChain, Pools
 from exaone_jax.inference.sampling import SamplingParams
 from exaone_jax.inference.text import TextRow
@@ -35,7 +36,9 @@ class Request:
     that are known at admission. settled: positions in the cache for sure, in the steps launched so far.
     pending: launched steps that decode, flights: launched steps of any kind, whose results were not looked at.
     arrived, started, first_token: when it was made, first had a slot, and had a token; seconds of time.monotonic.
-    ends: tokens that end it. prompt_logprobs: of the prompt's tokens, as far as they were read; the first has none.
+    ends: tokens that end it. constraint: what may follow; with one it takes no step before the one before was looked at.
+    drafts: proposed to follow its tokens, known where it has a constraint. prompt_logprobs: of the prompt's tokens, as far
+    as they were read; the first has none.
     """
 
     id: int
@@ -46,7 +49,9 @@ class Request:
     prompt_length: int
     text: TextRow | None  # what the tokens say, where there is a tokenizer
     ends: frozenset[int] = frozenset()
+    constraint: Constraint | None = None
     prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=lambda: [None])
+    drafts: Sequence[int] = ()
     slot: int | None = None
     to_read: int = 0
     settled: int = 0
@@ -101,6 +106,11 @@ class Entry:
         """Whether a chunk is the last one of what is to be read."""
         return self.first is not None and self.first + self.rows == self.request.to_read
 
+    @property
+    def emits(self) -> bool:
+        """Whether tokens come of it."""
+        return self.first is None or self.draws
+
 
 class Scheduler:
     """Requests that wait and run, and the pages they hold.
@@ -130,7 +140,9 @@ class Scheduler:
         """
         entries: list[Entry] = []
         put_off = self.preemptions
-        decoding = [r for r in self.running if not r.reading and r.least() < r.limit]
+        decoding = [
+            r for r in self.running if not r.reading and r.least() < r.limit and not (r.constraint and r.flights)
+        ]
         for request in decoding:
             if request.slot is not None:  # it may have been put off for one before it
                 self._plan(entries, request, None, self.drafts + 1)

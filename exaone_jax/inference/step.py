@@ -66,6 +66,7 @@ class Batch(NamedTuple, Generic[Array]):
     slots: int32 `[A]`; S for padding. first: int32 `[A]`, position of the first row of a prompt's chunk, -1 to decode.
     after: int32 `[A]`, the token after a chunk. draws: bool `[A]`, whether the chunk is the prompt's last.
     scored, prompt_scored: bool `[A]`, whether log-probabilities are wanted of what is drawn, and of what a chunk holds.
+    constrained: bool `[A]`, whether masks has anything to say; masks: uint32 `[A, k + 1, W]`, tokens that may be drawn.
     """
 
     tokens: Array
@@ -76,6 +77,8 @@ class Batch(NamedTuple, Generic[Array]):
     draws: Array
     scored: Array
     prompt_scored: Array
+    constrained: Array
+    masks: Array
 
 
 class Scores(NamedTuple):
@@ -90,12 +93,14 @@ class Scores(NamedTuple):
 class Emitted(NamedTuple):
     """tokens int32 `[A, k + 1]` of which the first `count` (int32 `[A]`) are new; finite bool `[A]`, their logits were.
 
+    drafts: int32 `[A, k]`, what the next step verifies.
     scores `[A, k + 1]` of the tokens; prompt_scores `[N]`, at each row of a chunk those of the token after it.
     """
 
     tokens: jax.Array
     count: jax.Array
     finite: jax.Array
+    drafts: jax.Array
     scores: Scores
     prompt_scores: Scores
 
@@ -162,7 +167,7 @@ def serving_step(
     emitted = emitted._replace(prompt_scores=_score_prompts(model, hidden, following, wanted))
     if state.drafts.shape[1]:
         state = _draft(model, state, slots, rows, batch.starts[:-1] + added - 1, lengths, hidden, following)
-    return state, emitted
+    return state, emitted._replace(drafts=state.drafts[slots])
 
 
 def _draw(
@@ -174,7 +179,8 @@ def _draw(
     pick = jnp.where(decoding, batch.starts[:-1], batch.starts[1:] - 1)
     pick = jnp.clip(pick[:, None] + jnp.arange(k + 1), 0, len(hidden) - 1)
     logits = model.logits(hidden[pick])
-    drawn = _choose(logits, rows.positions[pick] + 1, state, slots, drafts, jnp.arange(k + 1))
+    allowed = jax.lax.cond(jnp.any(batch.constrained), _masked, lambda logits, _: logits, logits, batch.masks)
+    drawn = _choose(allowed, rows.positions[pick] + 1, state, slots, drafts, jnp.arange(k + 1))
     # Rows that a sequence has room for; a prompt's chunk has one drawn token, or none.
     room = jnp.clip(state.terms.limits[slots] - rows.positions[pick[:, 0]], 0, count)
     most = jnp.where(decoding, room, batch.draws)
@@ -183,7 +189,13 @@ def _draw(
     number = jnp.where(most > 0, held + 1, 0)
     finite = jnp.all(jnp.isfinite(logits), axis=-1) | (jnp.arange(k + 1) >= number[:, None])
     scores = _score_if(jnp.any(batch.scored), logits, drawn)
-    return drawn, Emitted(drawn, number, jnp.all(finite, axis=1), scores, _no_scores(logits, (0,)))
+    return drawn, Emitted(drawn, number, jnp.all(finite, axis=1), drafts, scores, _no_scores(logits, (0,)))
+
+
+def _masked(logits: jax.Array, masks: jax.Array) -> jax.Array:
+    """logits `[…, V]` without the tokens whose bits are not set in masks uint32 `[…, W]`."""
+    bits = masks[..., None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    return jnp.where(bits.reshape(*masks.shape[:-1], -1)[..., : logits.shape[-1]] == 1, logits, -jnp.inf)
 
 
 def _score_prompts(model: Transformer, hidden: jax.Array, following: jax.Array, wanted: jax.Array) -> Scores:
