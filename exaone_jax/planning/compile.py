@@ -27,7 +27,7 @@ from exaone_jax.parallel import MeshShape, make_mesh
 from exaone_jax.planning.chips import Topology
 from exaone_jax.planning.hlo import Program, read_program
 from exaone_jax.planning.inputs import OPTIMIZER, StepInputs, abstract_model, device_bytes, step_inputs
-from exaone_jax.planning.memory import Memory, device_tokens, expert_fill
+from exaone_jax.planning.memory import Memory, device_tokens, expert_fill, program_bytes
 from exaone_jax.planning.workload import Workload
 from exaone_jax.training.loss import LossConfig
 from exaone_jax.training.step import TrainState, train_step
@@ -98,12 +98,8 @@ def compile_step(config: ModelConfig, work: Workload, mesh: Mesh, estimated: Mem
         except jax.errors.JaxRuntimeError as error:
             return _too_large(error, inputs, estimated, time.perf_counter() - started)
     seconds = time.perf_counter() - started
-    stats = program.memory_analysis()
-    if stats is None:
-        raise RuntimeError("this backend does not say what memory its programs take")
-    # What is given back in place of an argument needs no room of its own.
-    allocated = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    memory = _memory(inputs, estimated, allocated)
+    held = device_bytes((inputs.params, inputs.router_biases, inputs.opt_state, inputs.kv))
+    memory = _memory(inputs, estimated, program_bytes(program) - held)
     try:
         text = program.as_text() or ""
     except jax.errors.JaxRuntimeError as error:

@@ -24,6 +24,7 @@ from exaone_jax.inference.sampling import SamplingParams
 from exaone_jax.inference.text import complete
 from exaone_jax.parallel import hosts
 from exaone_jax.planning.flops import step_flops
+from exaone_jax.planning.memory import program_bytes
 from exaone_jax.planning.workload import workload
 from exaone_jax.training import report
 from exaone_jax.training.faults import Stop, TrainingError, Watchdog, check_replicas, locked
@@ -110,12 +111,11 @@ def dry_run(config: RunConfig) -> dict[str, int]:
         lowered = train_step.lower(
             setup.graphdef, setup.like, abstract_batch(stage, setup.mesh), asked, **setup.step_arguments()
         )
-        stats = lowered.compile().memory_analysis()
-        if stats is None:
-            raise RuntimeError("this backend does not say what memory its programs take")
-        temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-        sizes = {"arguments": stats.argument_size_in_bytes, "temporaries": temporaries}
-        found = max(found, sizes | {"total": sum(sizes.values())}, key=lambda sizes: sizes.get("total", 0))
+        program = lowered.compile()
+        stats, total = program.memory_analysis(), program_bytes(program)
+        arguments = 0 if stats is None else stats.argument_size_in_bytes
+        sizes = {"arguments": arguments, "temporaries": total - arguments, "total": total}
+        found = max(found, sizes, key=lambda sizes: sizes.get("total", 0))
     return found
 
 
