@@ -25,7 +25,17 @@ from exaone_jax.inference.grammar import Grammars
 from exaone_jax.inference.pools import Holding, KeyChain, PoolRequest, Pools, plan_pools
 from exaone_jax.inference.sampling import MAX_STOP_IDS, RowSampling, SamplingParams
 from exaone_jax.inference.scheduler import Entry, NoRoomError, Request, Scheduler, TokenLogprobs
-from exaone_jax.inference.step import Batch, Emitted, Scores, ServingState, Terms, admit, init_state, serving_step
+from exaone_jax.inference.step import (
+    Batch,
+    Emitted,
+    Scores,
+    ServingState,
+    Terms,
+    admit,
+    init_state,
+    serving_step,
+    serving_steps,
+)
 from exaone_jax.inference.text import TextRow
 from exaone_jax.model import PagedCache, Transformer
 from exaone_jax.model.relayout import with_mtp_window
@@ -44,6 +54,7 @@ class EngineConfig(BaseModel):
     max_length: tokens of the longest, prompt and answer; None: the model's context.
     rows_per_step: of the flat token axis, so the longest chunk of a prompt.
     draft_tokens: proposed by the MTP layer for each request in every step.
+    fused_steps: run as one program while nobody waits and no prompt is read; a request that comes meanwhile waits for them.
     draft_window: positions that the MTP layer looks back, where it was trained with more; None: all. Without a window it
         costs memory as a global layer does. What it drafts is verified either way.
     typical_length: of a request; decides how the memory is shared between windows and global layers.
@@ -57,6 +68,7 @@ class EngineConfig(BaseModel):
     rows_per_step: int = Field(default=512, ge=1)
     page_size: int = Field(default=32, ge=1)
     draft_tokens: int = Field(default=0, ge=0, le=15)
+    fused_steps: int = Field(default=4, ge=1, le=64)
     draft_window: int | None = Field(default=None, ge=1)
     prefix_caching: bool = True
     typical_length: int = Field(default=8192, ge=1)
@@ -112,9 +124,12 @@ class Load:
 
 @dataclasses.dataclass
 class Stats:
-    """Since the start. drafted: steps of a request that had drafts; accepted: how often each of them was kept."""
+    """Since the start. steps: at most, as several are one program, which ends early where all texts do; programs: launched.
+    drafted: steps of a request that had drafts; accepted: how often each of them was kept.
+    """
 
     steps: int = 0
+    programs: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -158,13 +173,15 @@ class Engine:
             max_sequences=slots,
             rows=settings.rows_per_step,
             ahead=written_ahead(drafts),
+            spare=written_ahead(drafts, settings.fused_steps) - written_ahead(drafts),
             typical_length=settings.typical_length,
             itemsize=jnp.dtype(model.dtype).itemsize,
             mtp=drafts > 0,
         )
         planned = plan_pools(model.config, ask, settings.kv_bytes or _free_memory(slots * model.config.vocab_size * 9))
         self.pools = Pools(planned, settings.page_size, slots)
-        self.scheduler = Scheduler(self.pools, slots, settings.rows_per_step, drafts, remember=settings.prefix_caching)
+        remember, fused = settings.prefix_caching, settings.fused_steps
+        self.scheduler = Scheduler(self.pools, slots, settings.rows_per_step, drafts, remember=remember, fused=fused)
         self._device = _Device(model, self.pools, settings, max_ends=len(self.stop_ids) + MAX_STOP_IDS)
         self.stats = Stats(accepted=[0] * drafts)
         self._ids = itertools.count()
@@ -268,7 +285,8 @@ class Engine:
                     self.stats.cached_tokens += request.cached
         emitted = self._device.run(entries)
         self.scheduler.launched(entries)
-        self.stats.steps += 1
+        self.stats.steps += entries[0].steps
+        self.stats.programs += 1
         return _Flight(entries, emitted)
 
     def _collect(self) -> list[Update]:
@@ -276,30 +294,39 @@ class Engine:
         flight, self._flight = self._flight, None
         if flight is None:
             return []
-        tokens, counts, finite, drafts = (np.asarray(x) for x in flight.emitted[:4])
-        scores, prompt_scores = _read_scores(flight)
+        emitted = _read(flight)
         updates, first_row = [], 0
         for i, entry in enumerate(flight.entries):
-            request, rows, count = entry.request, first_row, int(counts[i])
+            request, rows = entry.request, first_row
             first_row += entry.rows
             if request.done:
                 continue
-            new = tokens[i, :count].tolist()
+            counts = emitted.count[:, i].tolist()
+            good = _good_steps(request, emitted.finite[:, i].tolist())
+            new = [
+                token
+                for row, count in zip(emitted.tokens[:good, i], counts, strict=False)
+                for token in row[:count].tolist()
+            ]
             self.scheduler.collected(entry, new)
             if entry.first is None and self.settings.draft_tokens:
-                self.stats.drafted += 1
-                for j in range(count - 1):
-                    self.stats.accepted[j] += 1
+                self._count_drafts(counts)
             if request.constraint is not None:
-                request.drafts = drafts[i].tolist()
-            if prompt_scores is not None:
-                _take_prompt_scores(entry, prompt_scores, rows)
-            if new or not finite[i]:
-                best = request.params.logprobs
-                told = [] if scores is None or best is None else _logprobs(scores, i, new, best)
-                updates.append(self._update(request, new, told, good=bool(finite[i])))
+                request.drafts = emitted.drafts[-1, i].tolist()
+            if request.params.prompt_logprobs is not None:
+                _take_prompt_scores(entry, emitted.prompt_scores, rows)
+            if new or good < entry.steps:
+                told = _drawn_logprobs(emitted, i, counts[:good], new, request.params.logprobs)
+                updates.append(self._update(request, new, told, good=good == entry.steps))
         self.stats.preemptions = self.scheduler.preemptions
         return updates
+
+    def _count_drafts(self, counts: Sequence[int]) -> None:
+        """counts: of tokens that came of each step."""
+        for count in counts:
+            self.stats.drafted += count > 0
+            for j in range(count - 1):
+                self.stats.accepted[j] += 1
 
     def _update(self, request: Request, new: list[int], logprobs: list[TokenLogprobs], *, good: bool) -> Update:
         """Tell the new tokens, up to where the request ends, and end it there."""
@@ -309,20 +336,20 @@ class Engine:
         stop = next((i + 1 for i in range(may_end, len(new)) if new[i] in request.ends), None)
         end = min(len(new), left, stop or len(new))
         reason: Reason | None = "stop" if stop == end else "length" if end == left else None
-        text, prompt_logprobs, error = "", None, ""
-        if request.constraint is not None:
-            request.constraint.advance(new[:end])
-            error = request.constraint.error
-        if error or not good:
-            reason, end = "error", 0
-            error = error or "the model's logits are not finite"
-        elif request.text is not None:
+        text, error = "", ""
+        if request.text is not None:
             text = request.text.feed(new[:end])
             if request.text.stopped:
                 end, reason = request.text.used - before, "stop"
-            elif reason is not None:
-                text += request.text.flush()
-        if not error and not before:
+        if request.constraint is not None:
+            request.constraint.advance(new[:end])
+            error = request.constraint.error
+        if reason is None and (error or not good):
+            reason, error = "error", error or "the model's logits are not finite"
+        if reason is not None and request.text is not None:
+            text += request.text.flush()
+        prompt_logprobs = None
+        if new and not before:
             request.first_token = time.monotonic()
             prompt_logprobs = None if params.prompt_logprobs is None else request.prompt_logprobs
         summary = None
@@ -348,24 +375,48 @@ def _summary(request: Request) -> Summary:
     )
 
 
-def _read_scores(flight: _Flight) -> tuple[Scores | None, Scores | None]:
-    """(of what was drawn, of prompts) as numpy arrays, None where nobody asks."""
-    asked = [entry.request.params for entry in flight.entries]
-    drawn = any(params.logprobs is not None for params in asked)
-    prompts = any(params.prompt_logprobs is not None for params in asked)
-    return (
-        jax.tree.map(np.asarray, flight.emitted.scores) if drawn else None,
-        jax.tree.map(np.asarray, flight.emitted.prompt_scores) if prompts else None,
+def _read(flight: _Flight) -> Emitted:
+    """What a program emitted, as numpy arrays with a first axis of steps; log-probabilities only where somebody asks."""
+    emitted, one = flight.emitted, flight.entries[0].steps == 1
+    params = [entry.request.params for entry in flight.entries]
+    skipped = {
+        "scores": all(p.logprobs is None for p in params),
+        "prompt_scores": all(p.prompt_logprobs is None for p in params),
+    }
+
+    def read(name: str) -> Any:
+        found = getattr(emitted, name)
+        return (
+            found if skipped.get(name) else jax.tree.map(lambda x: np.asarray(x)[None] if one else np.asarray(x), found)
+        )
+
+    return Emitted(*map(read, Emitted._fields))
+
+
+def _good_steps(request: Request, finite: list[bool]) -> int:
+    """How many steps came of finite numbers and of a grammar that could be followed."""
+    if request.constraint is not None and request.constraint.error:
+        return 0
+    return len(finite) if all(finite) else finite.index(False)
+
+
+def _drawn_logprobs(
+    emitted: Emitted, index: int, counts: Sequence[int], tokens: Sequence[int], best: int | None
+) -> list[TokenLogprobs]:
+    """Of the tokens that came of one request's steps, `counts` of each; none where best is None."""
+    if best is None:
+        return []
+    return _logprobs(
+        jax.tree.map(lambda x: np.concatenate([x[t, index, :count] for t, count in enumerate(counts)]), emitted.scores),
+        tokens,
+        best,
     )
 
 
-def _logprobs(scores: Scores, row: int | slice, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
-    """Of the tokens that a row (or each of some rows) of the scores begins with, with `count` best ones."""
-    found = (x[row].tolist() for x in (scores.own, scores.best_ids[..., :count], scores.best[..., :count]))
-    return [
-        TokenLogprobs(token, own, list(zip(ids, best, strict=True)))
-        for token, own, ids, best in zip(tokens, *found, strict=False)
-    ]
+def _logprobs(scores: Scores, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """Of the tokens, whose scores these are, and `count` best ones."""
+    found = (x.tolist() for x in (scores.own, scores.best_ids[:, :count], scores.best[:, :count]))
+    return [TokenLogprobs(t, own, list(zip(*top, strict=True))) for t, own, *top in zip(tokens, *found, strict=True)]
 
 
 def _take_prompt_scores(entry: Entry, scores: Scores, row: int) -> None:
@@ -377,7 +428,8 @@ def _take_prompt_scores(entry: Entry, scores: Scores, row: int) -> None:
     known = len(request.prompt_logprobs)
     new = request.tokens[known : min(entry.first + entry.rows + 1, request.prompt_length)]
     first = row + known - 1 - entry.first  # what follows a position is told by its row
-    request.prompt_logprobs += _logprobs(scores, slice(first, None), new, request.params.prompt_logprobs)
+    told = jax.tree.map(lambda x: x[0, first : first + len(new)], scores)
+    request.prompt_logprobs += _logprobs(told, new, request.params.prompt_logprobs)
 
 
 class _Device:
@@ -407,19 +459,30 @@ class _Device:
         ) -> tuple[ServingState, Emitted]:
             return serving_step(nnx.merge(graphdef, params), state, tables, batch, windows)
 
-        step_jit = jax.jit(step, donate_argnums=1, out_shardings=(kept, self._everywhere))
+        def fused(
+            params: nnx.State, state: ServingState, tables: tuple[jax.Array, ...], batch: Batch[jax.Array]
+        ) -> tuple[ServingState, Emitted]:
+            return serving_steps(nnx.merge(graphdef, params), state, tables, batch, windows, settings.fused_steps)
+
+        programs = {1: step, settings.fused_steps: fused} if settings.fused_steps > 1 else {1: step}
+        jits = {n: jax.jit(f, donate_argnums=1, out_shardings=(kept, self._everywhere)) for n, f in programs.items()}
         admit_jit = jax.jit(admit, donate_argnums=0, out_shardings=kept)
 
-        def compiled(sizes: tuple[int, int]) -> jax.stages.Compiled:
-            return step_jit.lower(self._params, self._state, self._tables, self._empty(*sizes)).compile()
+        def compiled(key: tuple[int, int, int]) -> jax.stages.Compiled:
+            steps, *sizes = key
+            return jits[steps].lower(self._params, self._state, self._tables, self._empty(*sizes)).compile()
 
         self.sizes, words = _buckets(settings), -(-self.vocab // 32)
         self._no_masks = {
             requests: jax.device_put(np.zeros((requests, self.drafts + 1, words), np.uint32), self._everywhere)
             for _, requests in self.sizes
         }
+        keys = [(1, *sizes) for sizes in self.sizes]
+        if settings.fused_steps > 1:
+            fewest = {requests: rows for rows, requests in reversed(self.sizes)}
+            keys += sorted((settings.fused_steps, rows, requests) for requests, rows in fewest.items())
         with ThreadPoolExecutor(os.cpu_count()) as workers:
-            self._steps = dict(zip(self.sizes, workers.map(compiled, self.sizes), strict=True))
+            self._steps = dict(zip(keys, workers.map(compiled, keys), strict=True))
         self._admit = admit_jit.lower(self._state, np.int32(0), nobody).compile()
 
     def admit(self, request: Request) -> None:
@@ -453,8 +516,8 @@ class _Device:
 
     def run(self, entries: list[Entry]) -> Emitted:
         """Start a step; what it emits can be waited for."""
-        rows = sum(entry.rows for entry in entries)
-        sizes = next((n, a) for n, a in self.sizes if n >= rows and a >= len(entries))
+        rows, steps = sum(entry.rows for entry in entries), entries[0].steps
+        sizes = next(key[1:] for key in self._steps if key[0] == steps and key[1] >= rows and key[2] >= len(entries))
         batch, row = self._empty(*sizes), 0
         if any(entry.emits and entry.request.constraint for entry in entries):
             batch = batch._replace(masks=np.full(batch.masks.shape, np.iinfo(np.uint32).max, np.uint32))
@@ -477,7 +540,7 @@ class _Device:
             batch.starts[i + 1 :] = row
         if self.pools.changed:
             self._tables = self._current_tables()
-        self._state, emitted = self._steps[sizes](self._params, self._state, self._tables, batch)
+        self._state, emitted = self._steps[steps, *sizes](self._params, self._state, self._tables, batch)
         return emitted
 
     def _empty(self, rows: int, requests: int) -> Batch[Any]:
@@ -514,9 +577,9 @@ def _buckets(settings: EngineConfig) -> list[tuple[int, int]]:
     return sorted(sizes)
 
 
-def written_ahead(drafts: int) -> int:
-    """Positions that two steps in flight and the drafts after them may write beyond what is settled."""
-    return 2 * (drafts + 1) + max(0, drafts - 1)
+def written_ahead(drafts: int, steps: int = 1) -> int:
+    """Positions that two programs in flight, of so many steps, and the drafts after them may write beyond what is settled."""
+    return 2 * steps * (drafts + 1) + max(0, drafts - 1)
 
 
 def _checked(model: Transformer, settings: EngineConfig) -> int:

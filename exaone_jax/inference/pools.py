@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -42,7 +42,8 @@ class PoolRequest:
 
     max_length: positions of the longest sequence. max_sequences: how many run at once at most. rows: most rows of a
     sequence in one step (a chunk). ahead: positions that may be written beyond what is known to be settled (drafts in flight).
-    typical_length: of a sequence; decides how the memory is shared between the groups.
+    typical_length: of a sequence; decides how the memory is shared between the groups. spare: positions beyond `ahead`
+    that may be written where there is room.
     """
 
     page_size: int
@@ -53,6 +54,7 @@ class PoolRequest:
     typical_length: int
     itemsize: int
     mtp: bool
+    spare: int = 0
 
 
 def plan_pools(config: ModelConfig, ask: PoolRequest, memory: int) -> tuple[Group, ...]:
@@ -94,7 +96,7 @@ def _table_width(window: Window, ask: PoolRequest) -> int:
     whole = -(-ask.max_length // ask.page_size)
     if window is None:
         return whole
-    return min(whole, -(-(window - 1 + ask.rows + ask.ahead - 1) // ask.page_size) + 1)
+    return min(whole, -(-(window - 1 + ask.rows + ask.ahead + ask.spare - 1) // ask.page_size) + 1)
 
 
 def _typical_pages(window: Window, ask: PoolRequest) -> float:
@@ -256,10 +258,16 @@ class Pools:
             for group, held in zip(self.groups, holding.pages, strict=True)
         ]
 
+    def fits(self, wishes: Iterable[tuple[Holding, int, int]]) -> bool:
+        """Whether all of these sequences could have their pages for the positions `first .. length - 1`."""
+        wanted = [[len(new) for new in self._lacking(holding, first, length)] for holding, first, length in wishes]
+        return all(
+            sum(counts) <= pool.free for counts, pool in zip(zip(*wanted, strict=True), self.pools, strict=False)
+        )
+
     def reserve(self, slot: int, holding: Holding, first: int, length: int) -> bool:
         """Pages for the positions `first .. length - 1`; False where some pool has too few, and then nothing changed."""
-        numbers = range(first // self.page_size, -(-length // self.page_size))
-        wanted = [[i for i in numbers if i not in held] for held in holding.pages]
+        wanted = self._lacking(holding, first, length)
         if any(len(new) > pool.free for new, pool in zip(wanted, self.pools, strict=True)):
             return False
         for g, new in enumerate(wanted):
@@ -303,6 +311,11 @@ class Pools:
     def _first_seen(self, group: Group, position: int) -> int:
         """The number of the first page that a query at `position` sees."""
         return 0 if group.window is None else max(0, position - group.window + 1) // self.page_size
+
+    def _lacking(self, holding: Holding, first: int, length: int) -> list[list[int]]:
+        """For each group, the numbers of the pages that a sequence would need."""
+        numbers = range(first // self.page_size, -(-length // self.page_size))
+        return [[i for i in numbers if i not in held] for held in holding.pages]
 
     def _put(self, slot: int, holding: Holding, group: int, number: int, page: int) -> None:
         holding.pages[group][number] = page

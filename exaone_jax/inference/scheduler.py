@@ -34,7 +34,7 @@ class Request:
 
     tokens: the prompt, of `prompt_length`, and what was generated. to_read: how many of them are read as a prompt, those
     that are known at admission. settled: positions in the cache for sure, in the steps launched so far.
-    pending: launched steps that decode, flights: launched steps of any kind, whose results were not looked at.
+    pending: launched steps that decode, flights: launched programs, whose results were not looked at.
     arrived, started, first_token: when it was made, first had a slot, and had a token; seconds of time.monotonic.
     ends: tokens that end it. constraint: what may follow; with one it takes no step before the one before was looked at.
     drafts: proposed to follow its tokens, known where it has a constraint. prompt_logprobs: of the prompt's tokens, as far
@@ -95,11 +95,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One request's part of a step: rows from position `first` on that read its prompt, or rows that decode (None)."""
+    """One request's part of a step: rows from position `first` on that read its prompt, or rows that decode (None).
+
+    steps: how often it is run; more than once only where every entry decodes.
+    """
 
     request: Request
     first: int | None
     rows: int
+    steps: int = 1
 
     @property
     def draws(self) -> bool:
@@ -121,10 +125,11 @@ class Scheduler:
         rows: of a step; at least slots * (drafts + 1).
         drafts: tokens proposed for each request in every step.
         remember: whether prompts that begin alike share pages.
+        fused: steps that are one program while there is nothing to do but decode.
     """
 
-    def __init__(self, pools: Pools, slots: int, rows: int, drafts: int, *, remember: bool):
-        self.pools, self.rows, self.drafts, self.remember = pools, rows, drafts, remember
+    def __init__(self, pools: Pools, slots: int, rows: int, drafts: int, *, remember: bool, fused: int = 1):
+        self.pools, self.rows, self.drafts, self.remember, self.fused = pools, rows, drafts, remember, fused
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.free_slots = list(range(slots))
@@ -143,9 +148,10 @@ class Scheduler:
         decoding = [
             r for r in self.running if not r.reading and r.least() < r.limit and not (r.constraint and r.flights)
         ]
+        steps = self._steps(decoding)
         for request in decoding:
             if request.slot is not None:  # it may have been put off for one before it
-                self._plan(entries, request, None, self.drafts + 1)
+                self._plan(entries, request, None, self.drafts + 1, steps)
         left = self.rows - (self.drafts + 1) * len(decoding)
         for request in [r for r in self.running if r.reading]:
             if left > 0 and request.slot is not None:
@@ -164,7 +170,7 @@ class Scheduler:
             request = entry.request
             request.flights += 1
             if entry.first is None:
-                request.pending += 1
+                request.pending += entry.steps
             else:
                 request.settled = entry.first + entry.rows
                 self._publish(request)
@@ -175,7 +181,7 @@ class Scheduler:
         request.tokens.extend(new)
         request.flights -= 1
         if entry.first is None:
-            request.pending -= 1
+            request.pending -= entry.steps
             request.settled += len(new)
         if new:
             self._publish(request)
@@ -188,17 +194,33 @@ class Scheduler:
         else:
             self._leave(request, keep=keep)
 
-    def _plan(self, entries: list[Entry], request: Request, first: int | None, rows: int) -> int:
+    def _steps(self, decoding: Sequence[Request]) -> int:
+        """How many steps are one program: a few if nobody waits or reads, nor must be looked at after each, and all have
+        room."""
+        alone = decoding and not self.waiting and len(decoding) == sum(r.least() < r.limit for r in self.running)
+        if self.fused == 1 or not alone or any(r.constraint for r in decoding):
+            return 1
+        wishes = [(r.holding, *self._decoded(r, self.fused)) for r in decoding]
+        return self.fused if self.pools.fits(wishes) else 1
+
+    def _decoded(self, request: Request, steps: int) -> tuple[int, int]:
+        """The positions that steps may write: first, and last plus one. A request that is done writes where it stands."""
+        rows = self.drafts + 1
+        end = min(request.most(self.drafts) + steps * rows, request.limit + rows)
+        return request.least(), end + self._drafting
+
+    @property
+    def _drafting(self) -> int:
+        """Positions that drafting writes on its own, past what is read."""
+        return max(0, self.drafts - 1)
+
+    def _plan(self, entries: list[Entry], request: Request, first: int | None, rows: int, steps: int = 1) -> int:
         """Add an entry and reserve its pages, at the cost of requests that came later; the rows it takes."""
-        if first is None:
-            start, end = request.least(), request.most(self.drafts) + rows
-        else:
-            start, end = first, first + rows
-        end += max(0, self.drafts - 1)  # drafting writes on its own, past what is settled
+        start, end = self._decoded(request, steps) if first is None else (first, first + rows + self._drafting)
         self.pools.pass_by(request.holding, start)
         while request.slot is not None:
             if self.pools.reserve(request.slot, request.holding, start, end):
-                entries.append(Entry(request, first, rows))
+                entries.append(Entry(request, first, rows, steps))
                 return rows
             latest = max(self.running, key=lambda r: r.id)
             if latest.flights:

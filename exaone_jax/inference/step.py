@@ -27,8 +27,8 @@ _SCORED_ROWS = 64  # of a prompt whose logits are in memory at once
 class Terms(NamedTuple):
     """What is asked for in each of S slots.
 
-    limits: int32 `[S]`, positions ever settled: the last token is not read. min_lengths: int32 `[S]`, positions below which none
-    of ends (int32 `[S, E]`, filled up with V) is drawn.
+    limits: int32 `[S]`, positions ever settled, as the last token is not read; 0 once a text has ended.
+    min_lengths: int32 `[S]`, positions below which none of ends (int32 `[S, E]`, filled up with V) is drawn.
     counts int32 `[S, V]` of generated tokens and in_prompt bool `[S, V]` feed the penalties. bias: float32 `[S, V]`, added to
     logits; biased: bool `[S]`, whether any of it is not zero.
     """
@@ -156,7 +156,10 @@ def serving_step(
         cache=cache,
         lengths=state.lengths.at[slots].set(lengths, mode="drop"),
         last=state.last.at[slots].set(jnp.where(emitted.count > 0, newest, state.last[slots]), mode="drop"),
-        terms=state.terms._replace(counts=counts.at[slots[:, None], place_new].add(1, mode="drop")),
+        terms=state.terms._replace(
+            counts=counts.at[slots[:, None], place_new].add(1, mode="drop"),
+            limits=state.terms.limits.at[slots].multiply(~_ends(state.terms, slots, place_new), mode="drop"),
+        ),
     )
     # The token after each row: the next one of its chunk, what comes after the chunk, or what was drawn.
     after = jnp.where(batch.draws, drawn[:, 0], batch.after)
@@ -168,6 +171,45 @@ def serving_step(
     if state.drafts.shape[1]:
         state = _draft(model, state, slots, rows, batch.starts[:-1] + added - 1, lengths, hidden, following)
     return state, emitted._replace(drafts=state.drafts[slots])
+
+
+def serving_steps(
+    model: Transformer,
+    state: ServingState,
+    tables: tuple[jax.Array, ...],
+    batch: Batch[jax.Array],
+    windows: tuple[Window, ...],
+    steps: int,
+) -> tuple[ServingState, Emitted]:
+    """Up to `steps` steps of requests that all decode, until none has anything left to say. Emitted has a further first
+    axis for them, and no prompt_scores."""
+
+    def one(state: ServingState) -> tuple[ServingState, Emitted]:
+        state, emitted = serving_step(model, state, tables, batch, windows)
+        return state, emitted._replace(prompt_scores=jax.tree.map(lambda x: x[:0], emitted.prompt_scores))
+
+    def unfinished(carry: tuple[jax.Array, ServingState, Emitted]) -> jax.Array:
+        i, state, _ = carry
+        slots = jnp.minimum(batch.slots, len(state.lengths) - 1)
+        left = (batch.slots < len(state.lengths)) & (state.lengths[slots] < state.terms.limits[slots])
+        return (i < steps) & jnp.any(left)
+
+    def further(carry: tuple[jax.Array, ServingState, Emitted]) -> tuple[jax.Array, ServingState, Emitted]:
+        i, state, so_far = carry
+        state, emitted = one(state)
+        return i + 1, state, jax.tree.map(lambda all_steps, new: all_steps.at[i].set(new), so_far, emitted)
+
+    _, shapes = jax.eval_shape(one, state)
+    nothing = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), shapes)
+    nothing = nothing._replace(finite=jnp.ones_like(nothing.finite))
+    _, state, emitted = jax.lax.while_loop(unfinished, further, (jnp.int32(0), state, nothing))
+    return state, emitted
+
+
+def _ends(terms: Terms, slots: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Whether any of the tokens int32 `[A, n]` (V: none) ends its text, bool `[A]`."""
+    ends = terms.ends[slots][:, None]
+    return jnp.any((tokens[..., None] == ends) & (ends < terms.counts.shape[1]), axis=(1, 2))
 
 
 def _draw(

@@ -37,9 +37,10 @@ def model() -> Transformer:
 
 
 @cache
-def engine_of(drafts: int) -> Engine:
+def engine_of(drafts: int, fused: int = 1) -> Engine:
     settings = EngineConfig(
         max_requests=3,
+        fused_steps=fused,
         max_length=160,
         rows_per_step=24,
         page_size=4,
@@ -131,17 +132,21 @@ def test_the_requests_are_of_every_kind():
     assert [a.tokens != b.tokens for a, b in zip(plain, expected(), strict=True)] == changed
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
-def test_together_put_off_and_again(drafts: int):
+@pytest.mark.parametrize(("drafts", "fused"), [(0, 1), (2, 1), (2, 3)])
+def test_together_put_off_and_again(drafts: int, fused: int):
     """Prompts of up to 57 tokens in chunks of 24; after every third step somebody is put off, wherever they are. Then again
-    with all that is remembered."""
-    engine = engine_of(drafts)
+    with all that is remembered, and at last by threes."""
+    engine = engine_of(drafts, fused)
     expected()
     with no_compiles():
         for interrupted in (True, False):
             for i, updates in enumerate(told(engine, list(range(len(PROMPTS))), interrupted=interrupted)):
                 check(updates, i)
+        for chosen in ([0, 1, 2], [3, 4, 5], [6, 7]):
+            for i, updates in zip(chosen, told(engine, chosen), strict=True):
+                check(updates, i)
     assert engine.stats.preemptions > 5
+    assert (engine.stats.programs < engine.stats.steps) == (fused > 1)
     assert engine.stats.cached_tokens > 0
     if drafts:
         assert 0.1 < sum(engine.stats.accepted) / drafts / engine.stats.drafted < 0.9

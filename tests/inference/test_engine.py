@@ -22,7 +22,14 @@ from tests.inference.small_models import K_EXAONE, VOCAB, WITH_MTP, agreeing, ma
 
 SEEDS = {"k-exaone": 1, "4.5": 1, "k-exaone-2.0": 0}  # of weights whose greedy drafts are right and wrong
 BUCKETS = engine_module._buckets
-SMALL = {"max_requests": 3, "max_length": 160, "rows_per_step": 24, "page_size": 4, "typical_length": 80}
+SMALL = {
+    "fused_steps": 1,
+    "max_requests": 3,
+    "max_length": 160,
+    "rows_per_step": 24,
+    "page_size": 4,
+    "typical_length": 80,
+}
 COUNT = 32
 
 
@@ -139,6 +146,42 @@ def test_three_at_a_time_in_little_memory(name: str, drafts: int):
     if drafts:
         assert sum(stats.accepted) > 0.1 * stats.drafted
         assert stats.accepted == sorted(stats.accepted, reverse=True)
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_several_steps_as_one_program(drafts: int):
+    """By threes nobody waits, so the programs are few; and a request that comes meanwhile finds its place."""
+    engine = engine_of("k-exaone", drafts, fused_steps=4)
+    expected("k-exaone")
+    with no_compiles():
+        for i in range(0, COUNT - 2, 3):
+            assert tokens_of(engine, PROMPTS[i : i + 3], PARAMS[i : i + 3]) == expected("k-exaone")[i : i + 3]
+        assert engine.stats.programs < 0.6 * engine.stats.steps
+        said: dict[int, list[int]] = {}
+        for i in range(COUNT):
+            said[engine.submit(PROMPTS[i], PARAMS[i])] = []
+            for _ in range(3):
+                for update in engine.step():
+                    said[update.request] += update.tokens
+        while engine.busy:
+            for update in engine.step():
+                said[update.request] += update.tokens
+    assert list(said.values()) == expected("k-exaone")
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_a_program_of_several_steps_ends_where_all_texts_do(drafts: int):
+    engine = counting(drafts, fused=16)
+    programs = engine.stats.programs
+    assert [out[0] for out in engine.run([[7], [10]], [SamplingParams(max_new_tokens=30)] * 2)] == [
+        list(range(8, END + 1)),
+        list(range(11, END + 1)),
+    ]
+    assert engine.stats.programs - programs <= 3
+    lengths = np.asarray(engine._device._state.lengths)
+    assert lengths.max() <= END - 7 + drafts, "nobody went on"
     check_empty(engine)
 
 
@@ -263,7 +306,13 @@ def test_greedy_is_that_of_transformers(tmp_path):
     model = exaone_jax.load(hf.published, dtype="float32")
     drafts = 2 if model.config.mtp_layer else 0
     settings = EngineConfig(
-        max_requests=3, max_length=512, rows_per_step=64, page_size=16, draft_tokens=drafts, kv_bytes=64 << 20
+        max_requests=3,
+        max_length=512,
+        rows_per_step=64,
+        page_size=16,
+        draft_tokens=drafts,
+        kv_bytes=64 << 20,
+        fused_steps=1,
     )
     engine = Engine(model, settings)
     rows, new = prompts([200, 37, 150, 33], model.config.vocab_size, seed=5), 40
@@ -288,11 +337,17 @@ STOP, END = 19, 20
 
 
 @cache
-def counting(drafts: int) -> Engine:
+def counting(drafts: int, fused: int = 1) -> Engine:
     """Tokens count up by one and wrap at VOCAB; 20 ends the text."""
     model = reciting({t: (t + 1) % VOCAB for t in range(VOCAB)}, VOCAB, eos_token_ids=(END,))
     settings = EngineConfig(
-        max_requests=3, max_length=64, rows_per_step=24, page_size=4, draft_tokens=drafts, kv_bytes=100_000
+        max_requests=3,
+        max_length=64,
+        rows_per_step=24,
+        page_size=4,
+        draft_tokens=drafts,
+        fused_steps=fused,
+        kv_bytes=100_000,
     )
     return Engine(model, settings)
 
@@ -357,7 +412,13 @@ def test_numbers_that_are_not_finite_end_their_request_alone(drafts: int):
     model = reciting({t: (t + 1) % VOCAB for t in range(VOCAB)}, VOCAB)
     model.embed.embedding[...] = model.embed.embedding[...].at[9, 3].set(jnp.nan)
     settings = EngineConfig(
-        max_requests=3, max_length=64, rows_per_step=24, page_size=4, draft_tokens=drafts, kv_bytes=100_000
+        max_requests=3,
+        max_length=64,
+        rows_per_step=24,
+        page_size=4,
+        draft_tokens=drafts,
+        fused_steps=1 + drafts,
+        kv_bytes=100_000,
     )
     engine, params = Engine(model, settings), SamplingParams(max_new_tokens=8)
     for _ in range(2):  # and what they wrote is not found again

@@ -64,6 +64,7 @@ def one_size():
 def engine_of(drafts: int) -> Engine:
     settings = EngineConfig(
         max_requests=3,
+        fused_steps=3,
         max_length=160,
         rows_per_step=24,
         page_size=4,
@@ -185,7 +186,9 @@ def test_drafts_are_kept_under_a_grammar():
     ids = list(dict.fromkeys(tokenizer().encode("the answer is in the library")))
     follows = {token: ids[(i + 1) % len(ids)] for i, token in enumerate(ids)}
     speaker = reciting(follows, tokenizer().vocab_size, eos_token_ids=(END,), max_position_embeddings=256)
-    settings = EngineConfig(max_requests=2, rows_per_step=24, page_size=4, draft_tokens=3, kv_bytes=10_000_000)
+    settings = EngineConfig(
+        max_requests=2, rows_per_step=24, page_size=4, draft_tokens=3, kv_bytes=10_000_000, fused_steps=1
+    )
     engine = Engine(speaker, settings, tokenizer=tokenizer())
     whole = tokenizer().decode(ids[1:] + ids + ids)
     params = SamplingParams(max_new_tokens=60, grammar=Grammar.regex(re.escape(whole)))

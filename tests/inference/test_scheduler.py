@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from exaone_jax.config.model import ModelConfig
+from exaone_jax.inference.engine import written_ahead
 from exaone_jax.inference.pools import Holding, KeyChain, PoolRequest, Pools, plan_pools
 from exaone_jax.inference.sampling import SamplingParams
 from exaone_jax.inference.scheduler import Entry, NoRoomError, Request, Scheduler
@@ -15,21 +16,22 @@ PAGE, SLOTS, ROWS, LENGTH = 4, 3, 24, 160
 class Simulation:
     """Steps whose results are drawn from `rng`, looked at one step late as the engine does."""
 
-    def __init__(self, config: ModelConfig, drafts: int, memory: int, seed: int):
-        self.rng, self.drafts, self.steps = np.random.default_rng(seed), drafts, 0
+    def __init__(self, config: ModelConfig, drafts: int, memory: int, seed: int, fused: int = 1):
+        self.rng, self.drafts, self.steps, self.fused = np.random.default_rng(seed), drafts, 0, 0
         ask = PoolRequest(
             page_size=PAGE,
             max_length=LENGTH + 2 * drafts,
             max_sequences=SLOTS,
             rows=ROWS,
-            ahead=2 * (drafts + 1) + max(0, drafts - 1),
+            ahead=written_ahead(drafts),
+            spare=written_ahead(drafts, fused) - written_ahead(drafts),
             typical_length=LENGTH // 2,
             itemsize=4,
             mtp=drafts > 0,
         )
         planned = plan_pools(config, ask, memory)
         self.pools = Pools(planned, PAGE, SLOTS)
-        self.scheduler = Scheduler(self.pools, SLOTS, ROWS, drafts, remember=True)
+        self.scheduler = Scheduler(self.pools, SLOTS, ROWS, drafts, remember=True, fused=fused)
         self.flight: list[Entry] = []
 
     def add(self, number: int) -> Request:
@@ -61,8 +63,8 @@ class Simulation:
             if request.done:
                 continue
             if entry.first is None:
-                kept = int(self.rng.integers(0, self.drafts + 1))
-                new = max(0, min(kept + 1, request.limit - request.settled))
+                kept = self.rng.integers(0, self.drafts + 1, entry.steps).tolist()
+                new = max(0, min(sum(kept) + entry.steps, request.limit - request.settled))
             else:
                 new = int(entry.draws)
             self.scheduler.collected(entry, self.rng.integers(0, 40, new).tolist())
@@ -72,11 +74,15 @@ class Simulation:
 
     def check(self, entries: list[Entry]) -> None:
         assert sum(entry.rows for entry in entries) <= ROWS
+        assert len({entry.steps for entry in entries}) <= 1
+        self.fused += sum(entry.steps > 1 for entry in entries)
         assert len({entry.request.slot for entry in entries}) == len(entries) <= SLOTS
         for entry in entries:
             request = entry.request
             first = request.least() if entry.first is None else entry.first
-            last = (request.most(self.drafts) if entry.first is None else first) + entry.rows
+            last = first + entry.rows
+            if entry.first is None:  # whoever is done writes where it stands
+                last = min(request.most(self.drafts) + entry.steps * entry.rows, request.limit + entry.rows)
             last += max(0, self.drafts - 1)
             for g, (group, pool) in enumerate(zip(self.pools.groups, self.pools.pools, strict=True)):
                 held = request.holding.pages[g]
@@ -98,7 +104,8 @@ TIGHT = {0: 36_000, 1: 60_000, 3: 60_000}
 @pytest.mark.parametrize("config", [K_EXAONE, K_EXAONE_2], ids=["one window", "two windows"])
 @pytest.mark.parametrize("tight", [True, False], ids=["tight", "ample"])
 def test_everybody_ends_and_no_page_has_two_writers(config: ModelConfig, drafts: int, seed: int, tight: bool):
-    simulation = Simulation(config, drafts, TIGHT[drafts] if tight else 400_000, seed)
+    fused = 1 + seed % 2 * 3
+    simulation = Simulation(config, drafts, TIGHT[drafts] if tight else 400_000, seed, fused)
     scheduler, requests = simulation.scheduler, []
     while len(requests) < 60 or scheduler.running or scheduler.waiting or simulation.flight:
         if len(requests) < 60 and simulation.rng.random() < 0.5:
@@ -111,6 +118,7 @@ def test_everybody_ends_and_no_page_has_two_writers(config: ModelConfig, drafts:
     assert all(request.done for request in requests)
     assert sorted(scheduler.free_slots) == list(range(SLOTS))
     assert simulation.pools.used() == [0.0] * len(simulation.pools.groups)
+    assert (simulation.fused > 0) == (fused > 1)
     if not tight:
         assert scheduler.preemptions == 0
         assert sum(request.cached > 0 for request in requests) > 10
