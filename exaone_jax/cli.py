@@ -640,6 +640,87 @@ def chat(
         raise typer.Exit(failed)
 
 
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Option(help="A Hugging Face directory or a native checkpoint.", show_default=False)],
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="In requests; the directory's name if not given. May be given again.", show_default=False),
+    ] = None,
+    dtype: DtypeOption = None,
+    mesh: MeshOption = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the longest request; the model's context if not given.", show_default=False),
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 32,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
+    draft_tokens: Annotated[int, typer.Option(help="That the MTP layer proposes for each request in a step.")] = 0,
+    draft_window: Annotated[
+        int | None, typer.Option(help="Positions that the MTP layer looks back.", show_default=False)
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens of a page of keys and values.")] = 32,
+    kv_cache_memory_bytes: Annotated[
+        int | None, typer.Option(help="For keys and values; what is free if not given.", show_default=False)
+    ] = None,
+    enable_prefix_caching: Annotated[bool, typer.Option(help="Remember what prompts began with.")] = True,
+    max_num_queued_reqs: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get 503.")] = 256,
+    max_body_bytes: Annotated[int, typer.Option(min=1024, help="Of a request.")] = 16 << 20,
+    request_timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds until a request is ended.", show_default=False)
+    ] = None,
+    shutdown_timeout: Annotated[int, typer.Option(min=0, help="Seconds for open requests after SIGTERM.")] = 30,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Let in who has one of these keys, one a line.", show_default=False)
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="For https.", show_default=False)] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="For https.", show_default=False)] = None,
+) -> None:
+    """Serve a model over HTTP as OpenAI's API, until SIGTERM or Ctrl-C.
+
+    Exit codes: 0 every open request could end; 1 some were cut off; 3 the port cannot be had.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(f"serving needs {error.name}: pip install 'exaone-jax[serve]'") from error
+    from exaone_jax.server.serve import ServeConfig, engine_config
+    from exaone_jax.server.serve import serve as run
+
+    engine = engine_config(
+        max_requests=max_num_seqs,
+        max_length=max_model_len,
+        rows_per_step=max_num_batched_tokens,
+        page_size=block_size,
+        draft_tokens=draft_tokens,
+        draft_window=draft_window,
+        prefix_caching=enable_prefix_caching,
+        kv_bytes=kv_cache_memory_bytes,
+    )
+    config = ServeConfig(
+        model=model,
+        engine=engine,
+        names=tuple(served_model_name or ()),
+        dtype=dtype,
+        mesh=mesh,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        tls_key=ssl_keyfile,
+        tls_cert=ssl_certfile,
+        max_waiting=max_num_queued_reqs,
+        max_body_bytes=max_body_bytes,
+        request_seconds=request_timeout,
+        shutdown_seconds=shutdown_timeout,
+    )
+    if not run(config):
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
 def _fail_turn(error: InputError, as_json: bool) -> int:
     if as_json:  # one line, as an answer is
         fault = {"type": type(error).__name__, "message": str(error), "exit_code": error.exit_code}

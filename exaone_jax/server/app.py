@@ -1,0 +1,87 @@
+"""The routes."""
+
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+import exaone_jax
+from exaone_jax.server.body import MAX_BODY_BYTES, StrictRoute
+from exaone_jax.server.chat import chat_completion
+from exaone_jax.server.completions import completion
+from exaone_jax.server.errors import install
+from exaone_jax.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from exaone_jax.server.served import Served
+from exaone_jax.server.stream import ClientGone
+from exaone_jax.server.tokens import detokenize, tokenize
+
+_ERROR = {"description": "OpenAI's error body", "content": {"application/json": {"schema": {"type": "object"}}}}
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
+
+
+def make_app(served: Served, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """The application that serves a model; `Guard` goes around it."""
+    app = FastAPI(title="exaone-jax", version=exaone_jax.__version__, docs_url=None, redoc_url=None)
+    app.state.max_body_bytes = max_body_bytes
+    install(app)
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    app.include_router(_generation(served))
+    app.include_router(_about(served))
+    return app
+
+
+def _generation(served: Served) -> APIRouter:
+    router = APIRouter(route_class=StrictRoute, responses=_ERRORS)
+
+    @router.post("/v1/chat/completions")
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        return await chat_completion(served, asked, request)
+
+    @router.post("/v1/completions")
+    async def complete(asked: CompletionRequest, request: Request) -> Response:
+        return await completion(served, asked, request)
+
+    @router.post("/tokenize")
+    async def to_ids(asked: TokenizeRequest) -> Response:
+        return JSONResponse(await tokenize(served, asked))
+
+    @router.post("/detokenize")
+    async def to_text(asked: DetokenizeRequest) -> Response:
+        return JSONResponse(await detokenize(served, asked))
+
+    return router
+
+
+def _about(served: Served) -> APIRouter:
+    router = APIRouter(responses=_ERRORS)
+
+    def card(name: str) -> dict[str, Any]:
+        about = {"root": served.names[0], "max_model_len": served.max_length}
+        return {"id": name, "object": "model", "created": served.created, "owned_by": "exaone-jax", **about}
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card(name) for name in served.names]})
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        return JSONResponse(card(served.check_model(name)))
+
+    @router.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": exaone_jax.__version__})
+
+    @router.get("/health")
+    async def health() -> Response:
+        alive = served.service.alive
+        return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router

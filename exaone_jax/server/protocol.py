@@ -1,0 +1,186 @@
+"""What clients may send. A field that is not here is refused, and so is a value of another JSON type."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_CHOICES = 32
+MAX_PROMPTS = 256
+MAX_LOGPROBS = 20
+
+_Text = Annotated[str, Field(min_length=1, max_length=1024)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_Ids = Annotated[list[_TokenId], Field(min_length=1)]
+
+
+class Request(BaseModel):
+    """Strict: "2" and true are no numbers, and a field that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(Request):
+    """include_usage: a last chunk tells the tokens used; continuous_usage_stats: every chunk does."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class Sampling(Request):
+    """How tokens are drawn. What is not given, the checkpoint's generation_config.json decides."""
+
+    temperature: float | None = Field(default=None, ge=0.0, le=2.0)
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)  # 0 and -1: off
+    min_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
+    frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100.0)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[_TokenId], Field(max_length=64)] | None = None
+    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
+    ignore_eos: bool | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100.0, le=100.0)]],
+            Field(max_length=1024),
+        ]
+        | None
+    ) = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+
+class Generation(Sampling):
+    """What chat and text completions have in common.
+
+    user: is written into the log. cache_salt: only requests of one salt share remembered prompts.
+    return_token_ids: answer with token ids too.
+    """
+
+    model: str | None = Field(default=None, max_length=1024)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(default=None, max_length=256)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
+    return_token_ids: bool | None = None
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+
+    @model_validator(mode="after")
+    def _streams(self) -> "Generation":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: given without stream")
+        return self
+
+
+class ChatTemplateKwargs(Request):
+    """The white list."""
+
+    enable_thinking: bool | None = None
+    skip_think: bool | None = None
+    preserve_thinking: bool | None = None
+
+
+class Function(Request):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(Request):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Request):
+    name: str = Field(min_length=1, max_length=64)
+
+
+class NamedTool(Request):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class TextFormat(Request):
+    type: Literal["text"]
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions. `messages` are checked by exaone_jax.text, which knows what templates take."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=65536)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: TextFormat | None = None
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+    reasoning_effort: Literal["none"] | None = None  # as enable_thinking: false
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: given without logprobs")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice: given without tools")
+        most = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(most) > 1:
+            raise ValueError("max_tokens: differs from max_completion_tokens")
+        return self
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions. A text prompt cannot spell control tokens: their spellings stay text; token ids can be any.
+
+    max_tokens may be 0 with echo: only the prompt is told.
+    """
+
+    prompt: str | _Ids | Annotated[list[str] | list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+    max_tokens: int | None = Field(default=16, ge=0, lt=2**31)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 without echo leaves nothing to answer")
+        return self
+
+
+class TokenizeRequest(Request):
+    """POST /tokenize: the ids of a text, or of a conversation as a model reads it."""
+
+    model: str | None = Field(default=None, max_length=1024)
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1, max_length=65536)
+    tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: expected it or messages, one of them")
+        of_chats = (self.tools, self.chat_template_kwargs, self.add_generation_prompt)
+        if self.messages is None and any(value is not None for value in of_chats):
+            raise ValueError("prompt: tools, chat_template_kwargs and add_generation_prompt go with messages")
+        if self.prompt is None and self.add_special_tokens is not None:
+            raise ValueError("add_special_tokens: goes with prompt; a template adds its own")
+        return self
+
+
+class DetokenizeRequest(Request):
+    """POST /detokenize."""
+
+    model: str | None = Field(default=None, max_length=1024)
+    tokens: Annotated[list[_TokenId], Field(max_length=1 << 20)]

@@ -1,0 +1,234 @@
+"""`exaone-jax serve`: load a checkpoint, compile the engine, listen, and end in good order."""
+
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+from pydantic import ValidationError
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+import exaone_jax
+from exaone_jax.errors import CheckpointError, ConfigError, InputError, StorageError
+from exaone_jax.inference.engine import Engine, EngineConfig
+from exaone_jax.inference.service import Service
+from exaone_jax.inference.text import recommended_sampling, tokenizer_of
+from exaone_jax.model import Transformer
+from exaone_jax.parallel import MeshShape, make_mesh
+from exaone_jax.server.app import make_app
+from exaone_jax.server.body import MAX_BODY_BYTES
+from exaone_jax.server.guard import Guard, JsonLines, log, say
+from exaone_jax.server.served import Served
+from exaone_jax.text import ChatTemplate, Tokenizer
+
+_CHAT_ROUTES = "/v1/chat/completions, /v1/responses"
+_TEXT_ROUTES = f"{_CHAT_ROUTES}, /tokenize, /detokenize, and /v1/completions with text"
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What to serve, where, and within which bounds.
+
+    host, port: port 0 takes a free one. names: of the model in requests; the directory's name if empty. api_key_file: a key a
+    line. max_waiting: requests that may wait for a place, more are refused. request_seconds: a request's deadline.
+    shutdown_seconds: how long open requests may go on after SIGTERM.
+    """
+
+    model: Path
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    names: tuple[str, ...] = ()
+    dtype: str | None = None
+    mesh: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    tls_key: Path | None = None
+    tls_cert: Path | None = None
+    max_waiting: int = 256
+    max_body_bytes: int = MAX_BODY_BYTES
+    request_seconds: float | None = None
+    shutdown_seconds: int = 30
+
+
+def engine_config(**fields: object) -> EngineConfig:
+    """EngineConfig; raises ConfigError that names the field, what was found and what is allowed."""
+    try:
+        return EngineConfig.model_validate(fields)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors())
+        raise ConfigError("engine: " + "; ".join(problems)) from error
+
+
+def serve(config: ServeConfig) -> bool:
+    """Serve until SIGTERM or SIGINT. Returns whether every open request could end; False: some were cut off.
+
+    Raises InputError for files that are missing, StorageError for a port that is taken, and what loading and compiling raise.
+    """
+    keys = _read_keys(config.api_key_file)
+    _check_tls(config)
+    listener = _listen(config.host, config.port)
+    with contextlib.closing(listener), _logging():
+        served = _load(config)
+        app = make_app(served, max_body_bytes=config.max_body_bytes)
+        settings = uvicorn.Config(
+            Guard(app, keys),
+            http=_Http,
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_graceful_shutdown=config.shutdown_seconds,
+            ssl_keyfile=config.tls_key,
+            ssl_certfile=config.tls_cert and str(config.tls_cert),
+        )
+        server = _Server(settings)
+        server.ready = {"url": _url(listener, config.tls_key is not None), "models": served.names}
+        try:
+            server.run(sockets=[listener])
+        finally:
+            served.service.close(drain=False, timeout=10)
+        say("stopped", drained=not server.cut_off)
+    return not server.cut_off
+
+
+class _Http(H11Protocol):
+    """Answers what is no HTTP with the error body of everything else."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = b'{"error":{"message":"not an HTTP request that can be read","type":"invalid_request_error",'
+        body += b'"param":null,"code":null}}'
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+        self.transport.write(head % len(body) + body)
+        self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """Stops listening at the first signal and lets open requests end; a second one cuts them off.
+
+    uvicorn's own would die by the signal in the end, which tells nothing.
+    """
+
+    cut_off = False
+    ready: dict[str, object]
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        say("ready", **self.ready)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        say("draining", open=len(self.server_state.tasks))
+        started = time.monotonic()
+        await super().shutdown(sockets)
+        limit = self.config.timeout_graceful_shutdown
+        self.cut_off = self.force_exit or (limit is not None and time.monotonic() - started >= limit)
+
+
+def _load(config: ServeConfig) -> Served:
+    started = time.monotonic()
+    mesh = None if config.mesh is None else make_mesh(MeshShape.parse(config.mesh))
+    model = exaone_jax.load(config.model, dtype=config.dtype, mesh=mesh)
+    loaded = time.monotonic()
+    tokenizer = _tokenizer(model)
+    template, no_chat = _template(config.model, tokenizer)
+    engine = Engine(model, config.engine, tokenizer=tokenizer)
+    say("loaded", load_seconds=round(loaded - started, 2), compile_seconds=round(time.monotonic() - loaded, 2))
+    names = config.names or (config.model.resolve().name,)
+    service = Service(engine, max_waiting=config.max_waiting)
+    defaults = {"temperature": 1.0, **recommended_sampling(model)}
+    return Served(names, engine, service, template, no_chat, defaults, config.request_seconds)
+
+
+def _tokenizer(model: Transformer) -> Tokenizer | None:
+    try:
+        return tokenizer_of(model)
+    except CheckpointError as error:
+        log.warning("no tokenizer", extra={"fields": {"reason": str(error), "not_served": _TEXT_ROUTES}})
+        return None
+
+
+def _template(path: Path, tokenizer: Tokenizer | None) -> tuple[ChatTemplate | None, str]:
+    """The chat template, or why there is none."""
+    if tokenizer is None:
+        return None, "it has no tokenizer"
+    try:
+        return ChatTemplate.for_checkpoint(path, tokenizer), ""
+    except (CheckpointError, ConfigError) as error:
+        log.warning("no chat template", extra={"fields": {"reason": str(error), "not_served": _CHAT_ROUTES}})
+        return None, str(error)
+
+
+def _read_keys(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--api-key-file {file}: cannot be read: {error}") from error
+    if not keys:
+        raise InputError(f"--api-key-file {file}: holds no key; expected one a line")
+    return keys
+
+
+def _check_tls(config: ServeConfig) -> None:
+    if config.tls_key is None and config.tls_cert is None:
+        return
+    if config.tls_key is None or config.tls_cert is None:
+        raise InputError("--ssl-keyfile and --ssl-certfile go together; found one of them")
+    for flag, file in (("--ssl-keyfile", config.tls_key), ("--ssl-certfile", config.tls_cert)):
+        if not file.is_file():
+            raise InputError(f"{flag} {file}: not found")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket, before any weight is read: a taken port shows at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise StorageError(f"--host {host} --port {port}: cannot listen there: {error.strerror or error}") from error
+    return listener
+
+
+def _url(listener: socket.socket, tls: bool) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """JSON lines on stderr, of this server and of uvicorn."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    loggers = {log: logging.INFO, logging.getLogger("uvicorn"): logging.WARNING}
+    for each, level in loggers.items():
+        each.addHandler(handler)
+        each.setLevel(level)
+        each.propagate = False
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeHandler(handler)
+            each.propagate = True
