@@ -29,7 +29,7 @@ def write(path: Path, model: Transformer, *, with_tokenizer: bool = True) -> Pat
     return path
 
 
-def random_model(context: int = 512, seed: int = 0) -> Transformer:
+def random_model(context: int = 4096, seed: int = 0) -> Transformer:
     """Its MTP layer often guesses right. Weights are random: it says anything, Korean in pieces included."""
     layers = (LayerSpec(window=4), LayerSpec(rope=False, moe=True))
     sizes = {

@@ -16,7 +16,7 @@ import httpx
 
 PROGRAMS = ""  # where compiled programs are kept for the next process; conftest says
 
-_SMALL = ("--max-num-seqs", "4", "--max-num-batched-tokens", "16", "--block-size", "8")
+_SMALL = ("--max-num-seqs", "4", "--max-num-batched-tokens", "12", "--block-size", "8")
 _SMALL += ("--kv-cache-memory-bytes", "40000000", "--port", "0", "--served-model-name", "tiny")
 _RUN = "import sys; from exaone_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 
