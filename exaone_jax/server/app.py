@@ -1,19 +1,32 @@
 """The routes."""
 
+from importlib import resources
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 
 import exaone_jax
 from exaone_jax.server.body import MAX_BODY_BYTES, StrictRoute
 from exaone_jax.server.chat import chat_completion
 from exaone_jax.server.completions import completion
 from exaone_jax.server.errors import install
-from exaone_jax.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from exaone_jax.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+)
+from exaone_jax.server.responses import response
 from exaone_jax.server.served import Served
 from exaone_jax.server.stream import ClientGone
 from exaone_jax.server.tokens import detokenize, tokenize
+
+_PAGE = (resources.files("exaone_jax.server") / "page.html").read_text(encoding="utf-8")
+_PAGE_MAY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
+)
 
 _ERROR = {"description": "OpenAI's error body", "content": {"application/json": {"schema": {"type": "object"}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
@@ -45,6 +58,10 @@ def _generation(served: Served) -> APIRouter:
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         return await completion(served, asked, request)
 
+    @router.post("/v1/responses")
+    async def respond(asked: ResponsesRequest, request: Request) -> Response:
+        return await response(served, asked, request)
+
     @router.post("/tokenize")
     async def to_ids(asked: TokenizeRequest) -> Response:
         return JSONResponse(await tokenize(served, asked))
@@ -59,9 +76,23 @@ def _generation(served: Served) -> APIRouter:
 def _about(served: Served) -> APIRouter:
     router = APIRouter(responses=_ERRORS)
 
+    def thinking() -> dict[str, Any]:
+        """What the page must know of the template."""
+        rules, reads = (None, ()) if served.template is None else (served.template.rules, served.template.variables)
+        return {
+            "thinks_by_default": rules is not None and rules.thinks_by_default,
+            "can_choose_thinking": "enable_thinking" in reads,
+        }
+
+    chat = thinking()
+
     def card(name: str) -> dict[str, Any]:
-        about = {"root": served.names[0], "max_model_len": served.max_length}
-        return {"id": name, "object": "model", "created": served.created, "owned_by": "exaone-jax", **about}
+        about = {
+            "root": served.names[0],
+            "max_model_len": served.max_length,
+            "vocab_size": served.engine.config.vocab_size,
+        }
+        return {"id": name, "object": "model", "created": served.created, "owned_by": "exaone-jax", **about, **chat}
 
     @router.get("/v1/models")
     async def models() -> Response:
@@ -70,6 +101,10 @@ def _about(served: Served) -> APIRouter:
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         return JSONResponse(card(served.check_model(name)))
+
+    @router.get("/", response_class=HTMLResponse)
+    async def page() -> Response:
+        return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _PAGE_MAY})
 
     @router.get("/version")
     async def version() -> Response:

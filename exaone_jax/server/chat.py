@@ -12,9 +12,10 @@ from fastapi.responses import JSONResponse
 
 from exaone_jax.inference.engine import Update
 from exaone_jax.server.errors import refused
-from exaone_jax.server.protocol import ChatRequest, ChatTemplateKwargs, NamedTool, Tool
+from exaone_jax.server.protocol import ChatRequest, ChatTemplateKwargs, Tool
 from exaone_jax.server.served import Ask, Job, Served, token_text
 from exaone_jax.server.stream import EventStream, event, whole
+from exaone_jax.server.structured import chat_grammar
 from exaone_jax.text import (
     EncodedChat,
     GenerationRules,
@@ -175,6 +176,7 @@ class Chat:
             len(prompt.ids),
             asked.max_completion_tokens or asked.max_tokens,
             logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+            grammar=chat_grammar(served, asked, prompt.starts_in_reasoning),
         )
         self.asked, self.tokenizer, self.prompt = asked, tokenizer, prompt
         self.choices = [
@@ -216,7 +218,7 @@ class Chat:
             choice = {
                 "index": index,
                 "message": join([piece.delta for _, piece in parts]),
-                "logprobs": self._logprobs([update for update, _ in parts]),
+                "logprobs": self.logprobs([update for update, _ in parts]),
                 "finish_reason": parts[-1][1].finish_reason,
             }
             choices.append(choice | self._ids([update for update, _ in parts]))
@@ -242,7 +244,7 @@ class Chat:
                 first = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
                 prompt = self._of_prompt([update]) if len(begun) == 1 else {}
                 yield chunk([first | {"finish_reason": None}], usage=always, **prompt)
-            logprobs, ids = self._logprobs([update]), self._ids([update])
+            logprobs, ids = self.logprobs([update]), self._ids([update])
             if piece.delta or piece.finish_reason or logprobs or ids:
                 choice = {"index": index, "delta": piece.delta, "logprobs": logprobs}
                 yield chunk([choice | {"finish_reason": piece.finish_reason} | ids], usage=always)
@@ -259,7 +261,8 @@ class Chat:
             told["prompt_logprobs"] = prompt_logprobs(self.tokenizer, updates)
         return told
 
-    def _logprobs(self, updates: Sequence[Update]) -> dict[str, Any] | None:
+    def logprobs(self, updates: Sequence[Update]) -> dict[str, Any] | None:
+        """OpenAI's logprobs of the tokens of some updates, if they were asked for."""
         if not self.asked.logprobs:
             return None
         return {"content": [self._logprob(each) for update in updates for each in update.logprobs]}
@@ -289,12 +292,10 @@ def prompt_logprobs(tokenizer: Tokenizer, updates: Sequence[Update]) -> list[Any
     ]
 
 
-async def chat_completion(served: Served, asked: ChatRequest, request: Request) -> Response:
-    """The answer to a request."""
+async def start_chat(served: Served, asked: ChatRequest, request: Request) -> Chat:
+    """Check a request and queue it."""
     served.check_model(asked.model)
     tools = None if asked.tool_choice == "none" else asked.tools
-    if asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool):
-        raise refused("tool_choice", "only none and auto are supported", code="unsupported_value")
     kwargs = asked.chat_template_kwargs
     if asked.reasoning_effort is not None:
         if kwargs is not None and kwargs.enable_thinking:
@@ -304,6 +305,12 @@ async def chat_completion(served: Served, asked: ChatRequest, request: Request) 
     chat = Chat(served, asked, prompt)
     request.state.log |= {"user": asked.user, "job": chat.job}
     await chat.job.submit()
+    return chat
+
+
+async def chat_completion(served: Served, asked: ChatRequest, request: Request) -> Response:
+    """The answer to a request."""
+    chat = await start_chat(served, asked, request)
     if asked.stream:
         return EventStream(chat.events(), chat.job.close, chat.job.deadline)
     try:

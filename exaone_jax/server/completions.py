@@ -15,6 +15,7 @@ from exaone_jax.server.errors import refused
 from exaone_jax.server.protocol import CompletionRequest
 from exaone_jax.server.served import Ask, Job, Served, token_text
 from exaone_jax.server.stream import EventStream, event, whole
+from exaone_jax.server.structured import completion_grammar
 from exaone_jax.text import IncrementalDecoder
 
 
@@ -95,7 +96,7 @@ class Completion:
     """One request for completions: of each prompt n choices."""
 
     def __init__(self, served: Served, asked: CompletionRequest, prompts: Sequence[Sequence[int]]):
-        more: dict[str, Any] = {"logprobs": asked.logprobs}
+        more: dict[str, Any] = {"logprobs": asked.logprobs, "grammar": completion_grammar(asked)}
         if asked.echo and asked.logprobs is not None:
             more["prompt_logprobs"] = max(asked.logprobs, asked.prompt_logprobs or 0)
         asks = [

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MAX_CHOICES = 32
 MAX_PROMPTS = 256
 MAX_LOGPROBS = 20
+MAX_GRAMMAR = 1 << 16
 
 _Text = Annotated[str, Field(min_length=1, max_length=1024)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -52,6 +53,25 @@ class Sampling(Request):
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
 
+class StructuredOutputs(Request):
+    """The form of a text: one of a JSON schema, a regular expression, a choice of texts, a Lark grammar, any JSON object."""
+
+    json_: dict[str, Any] | Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = Field(default=None, alias="json")
+    regex: str | None = Field(default=None, min_length=1, max_length=MAX_GRAMMAR)
+    choice: Annotated[list[_Text], Field(min_length=1, max_length=1024)] | None = None
+    grammar: str | None = Field(default=None, min_length=1, max_length=MAX_GRAMMAR)
+    json_object: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "StructuredOutputs":
+        if (
+            sum(value is not None for value in (self.json_, self.regex, self.choice, self.grammar, self.json_object))
+            != 1
+        ):
+            raise ValueError("expected one of json, regex, choice, grammar and json_object")
+        return self
+
+
 class Generation(Sampling):
     """What chat and text completions have in common.
 
@@ -67,6 +87,7 @@ class Generation(Sampling):
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
     return_token_ids: bool | None = None
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _streams(self) -> "Generation":
@@ -108,6 +129,27 @@ class TextFormat(Request):
     type: Literal["text"]
 
 
+class JsonObjectFormat(Request):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Request):
+    """strict: the answer obeys the schema with it and without."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Request):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions. `messages` are checked by exaone_jax.text, which knows what templates take."""
 
@@ -118,7 +160,7 @@ class ChatRequest(Generation):
     tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
     reasoning_effort: Literal["none"] | None = None  # as enable_thinking: false
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
@@ -153,6 +195,65 @@ class CompletionRequest(Generation):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 without echo leaves nothing to answer")
         return self
+
+
+class ResponsesTool(Function):
+    type: Literal["function"]
+
+
+class ResponsesChoice(Request):
+    type: Literal["function"]
+    name: str = Field(min_length=1, max_length=64)
+
+
+class ResponsesJsonSchema(JsonSchema):
+    type: Literal["json_schema"]
+
+
+class ResponsesText(Request):
+    format: Annotated[TextFormat | JsonObjectFormat | ResponsesJsonSchema, Field(discriminator="type")] | None = None
+
+    def response_format(self) -> dict[str, Any] | None:
+        """As a chat completion has it."""
+        if not isinstance(self.format, ResponsesJsonSchema):
+            return None if self.format is None else self.format.model_dump()
+        schema = self.format.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
+        return {"type": "json_schema", "json_schema": schema}
+
+
+class Reasoning(Request):
+    effort: Literal["none"] | None = None
+    summary: Literal["auto"] | None = None  # reasoning is told whole
+
+
+class ResponsesStreamOptions(Request):
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponsesRequest(Sampling):
+    """POST /v1/responses. Input items are checked where they become messages. Nothing is stored."""
+
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=65536)]
+    model: str | None = Field(default=None, max_length=1024)
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    stream: bool | None = None
+    stream_options: ResponsesStreamOptions | None = None
+    tools: Annotated[list[ResponsesTool], Field(max_length=1024)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponsesChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: ResponsesText | None = None
+    reasoning: Reasoning | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    store: Literal[False] | None = None
+    background: Literal[False] | None = None
+    truncation: Literal["disabled"] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    user: str | None = Field(default=None, max_length=256)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
+    chat_template_kwargs: ChatTemplateKwargs | None = None
 
 
 class TokenizeRequest(Request):

@@ -191,7 +191,7 @@ class Job:
                 raise EngineDiedError("the engine has ended") from update
             self._count(index, update)
             if update.finish_reason == "error":
-                raise ApiError(500, "the model's numbers were not finite", code="not_finite")
+                raise ApiError(500, update.error, code="generation_failed")
             yield index, update
 
     def cancel(self, index: int) -> None:

@@ -56,15 +56,15 @@ async def _gone(receive: Receive) -> None:
 class EventStream(Response):
     """Sends events as they come. A failure is told as an event, for the status has been sent.
 
-    close: is called at the end, however that comes. deadline: loop time.
+    close: is called at the end, however that comes. deadline: loop time. end: what comes last.
     """
 
-    def __init__(self, events: AsyncGenerator[str], close: Callable[[], None], deadline: float | None):
+    def __init__(self, events: AsyncGenerator[str], close: Callable[[], None], deadline: float | None, end: str = DONE):
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
         del self.headers["content-length"]
-        self._events, self._close, self._deadline = events, close, deadline
+        self._events, self._close, self._deadline, self._end = events, close, deadline, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -83,7 +83,7 @@ class EventStream(Response):
             await _by(self._send_events(write), self._deadline)
         except Exception as error:  # noqa: BLE001 (told to the client; api_error logs what is a fault of ours)
             await write(event(api_error(error).body))
-        await write(DONE, more=False)
+        await write(self._end, more=False)
 
     async def _send_events(self, write: Any) -> None:
         async for text in self._events:

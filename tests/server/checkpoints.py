@@ -8,7 +8,7 @@ from pathlib import Path
 from flax import nnx
 
 from exaone_jax.checkpoints.convert import save_hf
-from exaone_jax.config.model import LayerSpec
+from exaone_jax.config.model import LayerSpec, ModelConfig
 from exaone_jax.model import Transformer
 from exaone_jax.text import ChatTemplate, Tokenizer, train_bpe
 from tests.inference.small_models import K_EXAONE, agreeing, reciting
@@ -29,8 +29,7 @@ def write(path: Path, model: Transformer, *, with_tokenizer: bool = True) -> Pat
     return path
 
 
-def random_model(context: int = 4096, seed: int = 0) -> Transformer:
-    """Its MTP layer often guesses right. Weights are random: it says anything, Korean in pieces included."""
+def random_config(context: int = 4096) -> ModelConfig:
     layers = (LayerSpec(window=4), LayerSpec(rope=False, moe=True))
     sizes = {
         "layers": layers,
@@ -38,7 +37,12 @@ def random_model(context: int = 4096, seed: int = 0) -> Transformer:
         "max_position_embeddings": context,
         "eos_token_ids": (END,),
     }
-    return agreeing(K_EXAONE.model_copy(update=sizes), seed)
+    return K_EXAONE.model_copy(update=sizes)
+
+
+def random_model(context: int = 4096, seed: int = 0) -> Transformer:
+    """Its MTP layer often guesses right. Weights are random: it says anything, Korean in pieces included."""
+    return agreeing(random_config(context), seed)
 
 
 def reciting_model(say: Sequence[int], context: int = 512) -> Transformer:

@@ -15,7 +15,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.write(tmp_path_factory.mktemp("checkpoint") / "model", checkpoints.random_model())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(checkpoint: Path) -> Iterator[Server]:
     with serving(checkpoint, "--draft-tokens", "2") as server:
         yield server

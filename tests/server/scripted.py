@@ -14,7 +14,7 @@ from exaone_jax.server.app import make_app
 from exaone_jax.server.guard import Guard
 from exaone_jax.server.served import Served
 from exaone_jax.text import ChatTemplate, Tokenizer
-from tests.server.checkpoints import tokenizer
+from tests.server.checkpoints import random_config, tokenizer
 
 
 class ScriptedEngine:
@@ -22,6 +22,7 @@ class ScriptedEngine:
 
     def __init__(self, tokenizer: Tokenizer | None, max_length: int):
         self.tokenizer, self.max_length, self.stats = tokenizer, max_length, Stats()
+        self.config = random_config()
 
     def load(self) -> Load:
         return Load(0, 0, {None: 0.0})
