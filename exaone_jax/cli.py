@@ -40,6 +40,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make training data ready.")
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure what runs.")
+app.add_typer(bench_app, name="bench")
 convert_app = typer.Typer(no_args_is_help=True, help="Convert checkpoints and compare them.")
 app.add_typer(convert_app, name="convert")
 
@@ -682,12 +684,7 @@ def serve(
 
     Exit codes: 0 every open request could end; 1 some were cut off; 3 the port cannot be had.
     """
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise InputError(f"serving needs {error.name}: pip install 'exaone-jax[serve]'") from error
+    _need_serve()
     from exaone_jax.server.serve import ServeConfig, engine_config
     from exaone_jax.server.serve import serve as run
 
@@ -719,6 +716,84 @@ def serve(
     )
     if not run(config):
         raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+@bench_app.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Option(help="Of the server, without /v1.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="The server's first if not given.", show_default=False)] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests.")] = 100,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, drawn at random.")] = 512,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 128,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="Instead: a JSON object a line with prompt and perhaps max_tokens.", show_default=False),
+    ] = None,
+    request_rate: Annotated[
+        float | None, typer.Option(min=1e-6, help="Requests a second; all at once if not given.", show_default=False)
+    ] = None,
+    max_concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Most requests that are open.", show_default=False)
+    ] = None,
+    goodput: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:MS", help="A limit on ttft, tpot or e2el; may be given again.", show_default=False),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.0,
+    seed: Seed = 0,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Of the server.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a server of OpenAI's API: time to first token, between tokens, to the end; throughput; how drafts fare.
+
+    Exit code 1: requests failed.
+    """
+    _need_serve()
+    from exaone_jax.server import bench
+
+    card = bench.model_card(url, api_key)
+    if dataset is not None:
+        prompts = bench.read_prompts(dataset, output_len)[:num_prompts]
+    else:
+        prompts = bench.random_prompts(num_prompts, input_len, output_len, int(card.get("vocab_size", 1024)), seed)
+    load = bench.Load(
+        url=url,
+        prompts=prompts,
+        model=model or card["id"],
+        rate=request_rate,
+        concurrency=max_concurrency,
+        goodput=dict(map(_limit, goodput or ())),
+        seed=seed,
+        api_key=api_key,
+        temperature=temperature,
+    )
+    found = bench.run(load)
+    if as_json:
+        _print_json(found)
+    else:
+        _print("\n".join(bench.lines(found)))
+    if found["failed"]:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, value = text.partition(":")
+    try:
+        return name, float(value)
+    except ValueError as error:
+        raise InputError(f"--goodput {text!r}: expected NAME:MILLISECONDS, as ttft:500") from error
+
+
+def _need_serve() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import httpx  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(f"serving needs {error.name}: pip install 'exaone-jax[serve]'") from error
 
 
 def _fail_turn(error: InputError, as_json: bool) -> int:
