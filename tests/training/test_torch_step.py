@@ -9,14 +9,17 @@ import pytest
 from flax import nnx
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 import exaone_jax  # noqa: E402
+from exaone_jax.checkpoints.convert import save_hf  # noqa: E402
 from exaone_jax.data import PackedRows  # noqa: E402
 from exaone_jax.training import LossConfig, adamw, init_state, train_step  # noqa: E402
 from exaone_jax.training.loss import total_loss  # noqa: E402
+from exaone_jax.training.step import trained_model  # noqa: E402
 from tests.golden.cases import batch  # noqa: E402
 from tests.model.hf_models import HFModel, build  # noqa: E402
+from tests.model.parity import assert_parity  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 DOCUMENTS = ((0, 40), (40, 64)), ((0, 50),)  # of two rows of 64 tokens: two packed into one, and one beside padding
@@ -62,6 +65,7 @@ def arrays(state: nnx.State) -> dict[tuple, np.ndarray]:
 
 @pytest.mark.parametrize("name", ["exaone4-hybrid", "exaone_moe"])
 def test_a_step_is_that_of_torch(name: str, tmp_path: Path) -> None:
+    """And what is exported after it loads in transformers and says the same."""
     hf = build(name, tmp_path / "model")
     theirs = copy.deepcopy(hf.model).train()
     packed = rows(name)
@@ -108,3 +112,10 @@ def test_a_step_is_that_of_torch(name: str, tmp_path: Path) -> None:
         step = value - before[path]
         assert np.abs(step).max() > 0.1 * RATE, path
         np.testing.assert_allclose(arrays(state.params)[path], value, rtol=0, atol=1e-2 * RATE, err_msg=str(path))
+
+    trained = trained_model(graphdef, state)
+    save_hf(nnx.state(trained), trained.config, tmp_path / "exported", extra_files_from=hf.published)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = exported(input_ids=torch.from_numpy(packed.tokens[:1].astype(np.int64)), use_cache=False).logits
+    assert_parity(trained(packed.tokens[:1])[0], logits[0].numpy())
