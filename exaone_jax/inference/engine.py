@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pydantic import BaseModel, ConfigDict, Field
 
 from exaone_jax.errors import ConfigError, InputError
+from exaone_jax.inference.drafting import Drafting
 from exaone_jax.inference.generate import check_request
 from exaone_jax.inference.grammar import Grammars
 from exaone_jax.inference.pools import Holding, KeyChain, PoolRequest, Pools, plan_pools
@@ -53,7 +54,9 @@ class EngineConfig(BaseModel):
     max_requests: requests that run at once.
     max_length: tokens of the longest, prompt and answer; None: the model's context.
     rows_per_step: of the flat token axis, so the longest chunk of a prompt.
-    draft_tokens: proposed by the MTP layer for each request in every step.
+    draft_tokens: proposed by the MTP layer for each request in every step, at most.
+    adaptive_drafts: propose fewer where that is faster, as `drafting` reckons with free_rows: rows that a step computes while it
+        reads the weights; None: 256 on an accelerator, 8 on a CPU.
     fused_steps: run as one program while nobody waits and no prompt is read; a request that comes meanwhile waits for them.
     draft_window: positions that the MTP layer looks back, where it was trained with more; None: all. Without a window it
         costs memory as a global layer does. What it drafts is verified either way.
@@ -68,6 +71,8 @@ class EngineConfig(BaseModel):
     rows_per_step: int = Field(default=512, ge=1)
     page_size: int = Field(default=32, ge=1)
     draft_tokens: int = Field(default=0, ge=0, le=15)
+    adaptive_drafts: bool = True
+    free_rows: int | None = Field(default=None, ge=1)
     fused_steps: int = Field(default=4, ge=1, le=64)
     draft_window: int | None = Field(default=None, ge=1)
     prefix_caching: bool = True
@@ -125,7 +130,7 @@ class Load:
 @dataclasses.dataclass
 class Stats:
     """Since the start. steps: at most, as several are one program, which ends early where all texts do; programs: launched.
-    drafted: steps of a request that had drafts; accepted: how often each of them was kept.
+    drafted: how often each draft of a request was verified; accepted: how often it was kept.
     """
 
     steps: int = 0
@@ -134,13 +139,14 @@ class Stats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
-    drafted: int = 0
+    drafted: list[int] = dataclasses.field(default_factory=list)
     accepted: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Flight:
     entries: list[Entry]
+    drafts: int
     emitted: Emitted
 
 
@@ -183,7 +189,8 @@ class Engine:
         remember, fused = settings.prefix_caching, settings.fused_steps
         self.scheduler = Scheduler(self.pools, slots, settings.rows_per_step, drafts, remember=remember, fused=fused)
         self._device = _Device(model, self.pools, settings, max_ends=len(self.stop_ids) + MAX_STOP_IDS)
-        self.stats = Stats(accepted=[0] * drafts)
+        self._drafting = Drafting(drafts, free_rows=_free_rows(settings), draft_cost=_draft_cost(model))
+        self.stats = Stats(drafted=[0] * drafts, accepted=[0] * drafts)
         self._ids = itertools.count()
         self._requests: dict[int, Request] = {}
         self._ended: list[Update] = []  # from outside, to be told by the next step
@@ -245,11 +252,14 @@ class Engine:
     def step(self) -> list[Update]:
         """Start the next step on the device, and tell what came of the one before."""
         updates, self._ended = self._ended, []
+        drafts = self.settings.draft_tokens
+        if drafts and self.settings.adaptive_drafts and self.scheduler.running:
+            drafts = self._drafting.choose(len(self.scheduler.running))
         try:
-            entries = self.scheduler.plan()
+            entries = self.scheduler.plan(drafts)
         except NoRoomError:
             updates += self._collect()
-            entries = self.scheduler.plan()
+            entries = self.scheduler.plan(drafts)
         flight = self._launch(entries) if entries else None
         updates += self._collect()
         self._flight = flight
@@ -283,11 +293,12 @@ class Engine:
                 self._device.admit(request)
                 if not request.preemptions:
                     self.stats.cached_tokens += request.cached
-        emitted = self._device.run(entries)
+        drafts = self.scheduler.now
+        emitted = self._device.run(entries, drafts)
         self.scheduler.launched(entries)
         self.stats.steps += entries[0].steps
         self.stats.programs += 1
-        return _Flight(entries, emitted)
+        return _Flight(entries, drafts, emitted)
 
     def _collect(self) -> list[Update]:
         """Read the step in flight, if there is one, and wait for it if need be."""
@@ -309,8 +320,8 @@ class Engine:
                 for token in row[:count].tolist()
             ]
             self.scheduler.collected(entry, new)
-            if entry.first is None and self.settings.draft_tokens:
-                self._count_drafts(counts)
+            if entry.first is None:
+                self._count_drafts(counts, [entry.drafted, *[flight.drafts] * (entry.steps - 1)])
             if request.constraint is not None:
                 request.drafts = emitted.drafts[-1, i].tolist()
             if request.params.prompt_logprobs is not None:
@@ -321,12 +332,14 @@ class Engine:
         self.stats.preemptions = self.scheduler.preemptions
         return updates
 
-    def _count_drafts(self, counts: Sequence[int]) -> None:
-        """counts: of tokens that came of each step."""
-        for count in counts:
-            self.stats.drafted += count > 0
-            for j in range(count - 1):
-                self.stats.accepted[j] += 1
+    def _count_drafts(self, counts: Sequence[int], drafted: Sequence[int]) -> None:
+        """counts: of tokens that came of each step; drafted: how many drafts it verified."""
+        for count, proposed in zip(counts, drafted, strict=True):
+            if count:
+                self._drafting.saw(proposed, count - 1)
+                for j in range(proposed):
+                    self.stats.drafted[j] += 1
+                    self.stats.accepted[j] += j < count - 1
 
     def _update(self, request: Request, new: list[int], logprobs: list[TokenLogprobs], *, good: bool) -> Update:
         """Tell the new tokens, up to where the request ends, and end it there."""
@@ -455,32 +468,31 @@ class _Device:
         kept = jax.tree.map(lambda x: x.sharding, self._state)
 
         def step(
-            params: nnx.State, state: ServingState, tables: tuple[jax.Array, ...], batch: Batch[jax.Array]
+            params: nnx.State,
+            state: ServingState,
+            tables: tuple[jax.Array, ...],
+            batch: Batch[jax.Array],
+            drafts: int,
+            steps: int,
         ) -> tuple[ServingState, Emitted]:
-            return serving_step(nnx.merge(graphdef, params), state, tables, batch, windows)
+            model = nnx.merge(graphdef, params)
+            if steps == 1:
+                return serving_step(model, state, tables, batch, windows, drafts)
+            return serving_steps(model, state, tables, batch, windows, drafts, steps)
 
-        def fused(
-            params: nnx.State, state: ServingState, tables: tuple[jax.Array, ...], batch: Batch[jax.Array]
-        ) -> tuple[ServingState, Emitted]:
-            return serving_steps(nnx.merge(graphdef, params), state, tables, batch, windows, settings.fused_steps)
-
-        programs = {1: step, settings.fused_steps: fused} if settings.fused_steps > 1 else {1: step}
-        jits = {n: jax.jit(f, donate_argnums=1, out_shardings=(kept, self._everywhere)) for n, f in programs.items()}
+        step_jit = jax.jit(step, static_argnums=(4, 5), donate_argnums=1, out_shardings=(kept, self._everywhere))
         admit_jit = jax.jit(admit, donate_argnums=0, out_shardings=kept)
 
-        def compiled(key: tuple[int, int, int]) -> jax.stages.Compiled:
-            steps, *sizes = key
-            return jits[steps].lower(self._params, self._state, self._tables, self._empty(*sizes)).compile()
+        def compiled(key: tuple[int, int, int, int]) -> jax.stages.Compiled:
+            steps, drafts, *sizes = key
+            return step_jit.lower(self._params, self._state, self._tables, self._empty(*sizes), drafts, steps).compile()
 
         self.sizes, words = _buckets(settings), -(-self.vocab // 32)
         self._no_masks = {
             requests: jax.device_put(np.zeros((requests, self.drafts + 1, words), np.uint32), self._everywhere)
             for _, requests in self.sizes
         }
-        keys = [(1, *sizes) for sizes in self.sizes]
-        if settings.fused_steps > 1:
-            fewest = {requests: rows for rows, requests in reversed(self.sizes)}
-            keys += sorted((settings.fused_steps, rows, requests) for requests, rows in fewest.items())
+        keys = _programs(settings, self.sizes)
         with ThreadPoolExecutor(os.cpu_count()) as workers:
             self._steps = dict(zip(keys, workers.map(compiled, keys), strict=True))
         self._admit = admit_jit.lower(self._state, np.int32(0), nobody).compile()
@@ -514,11 +526,13 @@ class _Device:
             terms["bias"] = np.bincount(tokens, bias, self.vocab).astype(np.float32)[None]
         return Terms(**terms, sampling=RowSampling.of([params]))
 
-    def run(self, entries: list[Entry]) -> Emitted:
-        """Start a step; what it emits can be waited for."""
+    def run(self, entries: list[Entry], drafts: int) -> Emitted:
+        """Start a step with so many drafts; what it emits can be waited for."""
         rows, steps = sum(entry.rows for entry in entries), entries[0].steps
-        sizes = next(key[1:] for key in self._steps if key[0] == steps and key[1] >= rows and key[2] >= len(entries))
-        batch, row = self._empty(*sizes), 0
+        key = next(
+            (s, d, n, a) for s, d, n, a in self._steps if (s, d) == (steps, drafts) and n >= rows and a >= len(entries)
+        )
+        batch, row = self._empty(*key[2:]), 0
         if any(entry.emits and entry.request.constraint for entry in entries):
             batch = batch._replace(masks=np.full(batch.masks.shape, np.iinfo(np.uint32).max, np.uint32))
         for i, entry in enumerate(entries):
@@ -534,13 +548,13 @@ class _Device:
                 batch.prompt_scored[i] = params.prompt_logprobs is not None
             if request.constraint is not None and entry.emits:
                 batch.constrained[i] = True
-                drafts = request.drafts if entry.first is None else ()
-                request.constraint.masks(drafts, batch.masks[i, : len(drafts) + 1])
+                said = request.drafts[:drafts] if entry.first is None else ()
+                request.constraint.masks(said, batch.masks[i, : len(said) + 1])
             row += entry.rows
             batch.starts[i + 1 :] = row
         if self.pools.changed:
             self._tables = self._current_tables()
-        self._state, emitted = self._steps[steps, *sizes](self._params, self._state, self._tables, batch)
+        self._state, emitted = self._steps[key](self._params, self._state, self._tables, batch)
         return emitted
 
     def _empty(self, rows: int, requests: int) -> Batch[Any]:
@@ -575,6 +589,33 @@ def _buckets(settings: EngineConfig) -> list[tuple[int, int]]:
     rows = {max(1, settings.rows_per_step // 8), settings.rows_per_step}
     sizes = {(n, a) for a in requests for n in {*rows, a * each} if n >= a * each or n == settings.rows_per_step}
     return sorted(sizes)
+
+
+def _programs(settings: EngineConfig, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+    """(steps, drafts, rows, requests) of the compiled programs, of those alike the cheapest first."""
+    most, keys = settings.draft_tokens, set[tuple[int, int, int, int]]()
+    fewest = {requests: rows for rows, requests in sorted(sizes, reverse=True)}
+    for drafts in range(most + 1) if settings.adaptive_drafts else [most]:
+        for rows, requests in sizes:
+            if only_decode := rows == requests * (most + 1):
+                keys.add((1, drafts, requests * (drafts + 1), requests))
+            if not only_decode or rows == settings.rows_per_step:
+                keys.add((1, drafts, rows, requests))
+            if settings.fused_steps > 1 and rows == fewest[requests]:
+                keys.add((settings.fused_steps, drafts, min(rows, requests * (drafts + 1)), requests))
+    return sorted(keys)
+
+
+def _free_rows(settings: EngineConfig) -> int:
+    return settings.free_rows or (8 if jax.default_backend() == "cpu" else 256)
+
+
+def _draft_cost(model: Transformer) -> float:
+    """The share of the weights that a draft reads: the MTP layer and the output head."""
+    if model.config.mtp_layer is None:
+        return 0.0
+    layer = sum(x.size for x in jax.tree.leaves(nnx.state(model.mtp)))
+    return (layer + model.head_weight().size) / sum(x.size for x in jax.tree.leaves(nnx.state(model)))
 
 
 def written_ahead(drafts: int, steps: int = 1) -> int:

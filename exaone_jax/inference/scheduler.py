@@ -37,8 +37,8 @@ class Request:
     pending: launched steps that decode, flights: launched programs, whose results were not looked at.
     arrived, started, first_token: when it was made, first had a slot, and had a token; seconds of time.monotonic.
     ends: tokens that end it. constraint: what may follow; with one it takes no step before the one before was looked at.
-    drafts: proposed to follow its tokens, known where it has a constraint. prompt_logprobs: of the prompt's tokens, as far
-    as they were read; the first has none.
+    drafted: tokens that its newest step proposes; drafts: what they are, known where it has a constraint.
+    prompt_logprobs: of the prompt's tokens, as far as they were read; the first has none.
     """
 
     id: int
@@ -52,6 +52,7 @@ class Request:
     constraint: Constraint | None = None
     prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=lambda: [None])
     drafts: Sequence[int] = ()
+    drafted: int = 0
     slot: int | None = None
     to_read: int = 0
     settled: int = 0
@@ -97,13 +98,15 @@ class Request:
 class Entry:
     """One request's part of a step: rows from position `first` on that read its prompt, or rows that decode (None).
 
-    steps: how often it is run; more than once only where every entry decodes.
+    steps: how often it is run; more than once only where every entry decodes. drafted: of the drafts that rows verify, those
+    that the step before made.
     """
 
     request: Request
     first: int | None
     rows: int
     steps: int = 1
+    drafted: int = 0
 
     @property
     def draws(self) -> bool:
@@ -123,13 +126,14 @@ class Scheduler:
         pools: of pages; one request of the greatest length fits into them.
         slots: how many requests run at once.
         rows: of a step; at least slots * (drafts + 1).
-        drafts: tokens proposed for each request in every step.
+        drafts: tokens proposed for each request in a step at most.
         remember: whether prompts that begin alike share pages.
         fused: steps that are one program while there is nothing to do but decode.
     """
 
     def __init__(self, pools: Pools, slots: int, rows: int, drafts: int, *, remember: bool, fused: int = 1):
         self.pools, self.rows, self.drafts, self.remember, self.fused = pools, rows, drafts, remember, fused
+        self.now = drafts  # proposed in the step that is planned
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.free_slots = list(range(slots))
@@ -138,12 +142,14 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def plan(self) -> list[Entry]:
-        """The next step; empty where there is nothing to do. Nothing is in flight because of it until `launched`.
+    def plan(self, drafts: int | None = None) -> list[Entry]:
+        """The next step, with so many drafts (None: the most) that each request verifies and has made; empty where there is
+        nothing to do. Nothing is in flight because of it until `launched`.
 
         Raises NoRoomError.
         """
         entries: list[Entry] = []
+        self.now = self.drafts if drafts is None else drafts
         put_off = self.preemptions
         decoding = [
             r for r in self.running if not r.reading and r.least() < r.limit and not (r.constraint and r.flights)
@@ -151,8 +157,8 @@ class Scheduler:
         steps = self._steps(decoding)
         for request in decoding:
             if request.slot is not None:  # it may have been put off for one before it
-                self._plan(entries, request, None, self.drafts + 1, steps)
-        left = self.rows - (self.drafts + 1) * len(decoding)
+                self._plan(entries, request, None, self.now + 1, steps)
+        left = self.rows - (self.now + 1) * len(decoding)
         for request in [r for r in self.running if r.reading]:
             if left > 0 and request.slot is not None:
                 left -= self._plan(entries, request, request.settled, min(left, request.to_read - request.settled))
@@ -169,6 +175,7 @@ class Scheduler:
         for entry in entries:
             request = entry.request
             request.flights += 1
+            request.drafted = self.now
             if entry.first is None:
                 request.pending += entry.steps
             else:
@@ -205,14 +212,14 @@ class Scheduler:
 
     def _decoded(self, request: Request, steps: int) -> tuple[int, int]:
         """The positions that steps may write: first, and last plus one. A request that is done writes where it stands."""
-        rows = self.drafts + 1
+        rows = self.now + 1
         end = min(request.most(self.drafts) + steps * rows, request.limit + rows)
         return request.least(), end + self._drafting
 
     @property
     def _drafting(self) -> int:
         """Positions that drafting writes on its own, past what is read."""
-        return max(0, self.drafts - 1)
+        return max(0, self.now - 1)
 
     def _plan(self, entries: list[Entry], request: Request, first: int | None, rows: int, steps: int = 1) -> int:
         """Add an entry and reserve its pages, at the cost of requests that came later; the rows it takes."""
@@ -220,7 +227,7 @@ class Scheduler:
         self.pools.pass_by(request.holding, start)
         while request.slot is not None:
             if self.pools.reserve(request.slot, request.holding, start, end):
-                entries.append(Entry(request, first, rows, steps))
+                entries.append(Entry(request, first, rows, steps, min(request.drafted, self.now)))
                 return rows
             latest = max(self.running, key=lambda r: r.id)
             if latest.flights:

@@ -66,7 +66,8 @@ class Batch(NamedTuple, Generic[Array]):
     slots: int32 `[A]`; S for padding. first: int32 `[A]`, position of the first row of a prompt's chunk, -1 to decode.
     after: int32 `[A]`, the token after a chunk. draws: bool `[A]`, whether the chunk is the prompt's last.
     scored, prompt_scored: bool `[A]`, whether log-probabilities are wanted of what is drawn, and of what a chunk holds.
-    constrained: bool `[A]`, whether masks has anything to say; masks: uint32 `[A, k + 1, W]`, tokens that may be drawn.
+    constrained: bool `[A]`, whether masks has anything to say; masks: uint32 `[A, k + 1, W]`, tokens that may be drawn, for
+    the first of its rows that are needed.
     """
 
     tokens: Array
@@ -134,10 +135,12 @@ def serving_step(
     tables: tuple[jax.Array, ...],
     batch: Batch[jax.Array],
     windows: tuple[Window, ...],
+    drafts: int,
 ) -> tuple[ServingState, Emitted]:
-    """Run the batch. tables: int32 `[S, M]` for each of `windows`."""
+    """Run the batch. tables: int32 `[S, M]` for each of `windows`. drafts: how many of the state's k are verified, and drafted
+    for the next step; where that verifies more, the others are of earlier steps and hardly kept."""
     slots, decoding = batch.slots, batch.first < 0
-    own = jnp.concatenate([state.last[:, None], state.drafts], axis=1)[slots]
+    own = jnp.concatenate([state.last[:, None], state.drafts[:, :drafts]], axis=1)[slots]
     first = jnp.where(decoding, state.lengths[slots], batch.first)
     rows = Rows.of(tuple(t[slots] for t in tables), windows, batch.starts, first, len(batch.tokens))
     place = jnp.arange(len(batch.tokens)) - batch.starts[rows.sequence]  # of a row among its sequence's
@@ -169,7 +172,8 @@ def serving_step(
     wanted = rows.real & batch.prompt_scored[rows.sequence]
     emitted = emitted._replace(prompt_scores=_score_prompts(model, hidden, following, wanted))
     if state.drafts.shape[1]:
-        state = _draft(model, state, slots, rows, batch.starts[:-1] + added - 1, lengths, hidden, following)
+        last_rows = batch.starts[:-1] + added - 1
+        state = _draft(model, state, slots, rows, last_rows, lengths, hidden, following, drafts)
     return state, emitted._replace(drafts=state.drafts[slots])
 
 
@@ -179,13 +183,14 @@ def serving_steps(
     tables: tuple[jax.Array, ...],
     batch: Batch[jax.Array],
     windows: tuple[Window, ...],
+    drafts: int,
     steps: int,
 ) -> tuple[ServingState, Emitted]:
     """Up to `steps` steps of requests that all decode, until none has anything left to say. Emitted has a further first
     axis for them, and no prompt_scores."""
 
     def one(state: ServingState) -> tuple[ServingState, Emitted]:
-        state, emitted = serving_step(model, state, tables, batch, windows)
+        state, emitted = serving_step(model, state, tables, batch, windows, drafts)
         return state, emitted._replace(prompt_scores=jax.tree.map(lambda x: x[:0], emitted.prompt_scores))
 
     def unfinished(carry: tuple[jax.Array, ServingState, Emitted]) -> jax.Array:
@@ -221,7 +226,9 @@ def _draw(
     pick = jnp.where(decoding, batch.starts[:-1], batch.starts[1:] - 1)
     pick = jnp.clip(pick[:, None] + jnp.arange(k + 1), 0, len(hidden) - 1)
     logits = model.logits(hidden[pick])
-    allowed = jax.lax.cond(jnp.any(batch.constrained), _masked, lambda logits, _: logits, logits, batch.masks)
+    allowed = jax.lax.cond(
+        jnp.any(batch.constrained), _masked, lambda logits, _: logits, logits, batch.masks[:, : k + 1]
+    )
     drawn = _choose(allowed, rows.positions[pick] + 1, state, slots, drafts, jnp.arange(k + 1))
     # Rows that a sequence has room for; a prompt's chunk has one drawn token, or none.
     room = jnp.clip(state.terms.limits[slots] - rows.positions[pick[:, 0]], 0, count)
@@ -290,8 +297,9 @@ def _draft(
     lengths: jax.Array,
     hidden: jax.Array,
     following: jax.Array,
+    count: int,
 ) -> ServingState:
-    """The MTP layer reads all rows, then proposes what comes after each sequence's newest token.
+    """The MTP layer reads all rows, then proposes `count` tokens to come after each sequence's newest one.
 
     What it writes of rejected rows and on its own lies past `lengths` and is written over by what is true.
     """
@@ -314,10 +322,12 @@ def _draft(
         out, cache = model.mtp_ragged_step(out, drafts[:, j - 1], cache, single)
         return out, cache, choose(out, drafts, j)
 
-    drafts = choose(out, jnp.zeros((len(slots), state.drafts.shape[1]), jnp.int32), 0)
-    if drafts.shape[1] > 1:
+    drafts = state.drafts[slots]
+    if count:
+        drafts = choose(out, drafts, 0)
+    if count > 1:
         own = PagedCache((), cache.mtp)  # all that the loop writes
-        _, own, drafts = jax.lax.fori_loop(1, drafts.shape[1], further, (out, own, drafts))
+        _, own, drafts = jax.lax.fori_loop(1, count, further, (out, own, drafts))
         cache = dataclasses.replace(cache, mtp=own.mtp)
     return dataclasses.replace(state, cache=cache, drafts=state.drafts.at[slots].set(drafts, mode="drop"))
 

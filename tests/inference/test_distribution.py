@@ -21,8 +21,10 @@ from scipy import stats
 
 from exaone_jax.config.model import LayerSpec, ModelConfig
 from exaone_jax.inference import decode as decode_module
+from exaone_jax.inference import engine as engine_module
 from exaone_jax.inference import generate as generate_module
 from exaone_jax.inference.decode import DecodeState, decode_round
+from exaone_jax.inference.engine import Engine, EngineConfig
 from exaone_jax.inference.generate import Decoding
 from exaone_jax.inference.sampling import RowSampling, SamplingParams, draw
 from exaone_jax.model import Transformer
@@ -45,6 +47,16 @@ PENALISED = SamplingParams(
     frequency_penalty=0.5,
     repetition_penalty=1.5,
 )
+BIASED = SamplingParams(
+    max_new_tokens=NEW,
+    temperature=0.6,
+    top_p=0.95,
+    frequency_penalty=0.5,
+    logit_bias={0: 0.7, 2: -1.0, 5: 0.4},
+    stop_token_ids=(6, 7),
+    min_tokens=NEW,
+)
+ENGINE_ROWS = 6_000
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -82,7 +94,11 @@ def exact(params: SamplingParams) -> np.ndarray:
     out = np.ones((VOCAB,) * NEW)
     for (first, second), row in zip(rows, logits, strict=True):
         for place, generated in enumerate(([], [first], [first, second])):
-            inside = reference.penalised(row[place], PROMPT, generated, params)
+            inside = row[place].copy()
+            inside[[token for token, _ in params.logit_bias]] += [bias for _, bias in params.logit_bias]
+            if place < params.min_tokens:
+                inside[list(params.stop_token_ids)] = -np.inf
+            inside = reference.penalised(inside, PROMPT, generated, params)
             chances = _checked(inside, params)
             if place == 0:
                 out[first, second] *= chances[first]
@@ -126,16 +142,20 @@ class Sampled:
         self.acceptance = float(state.accepted.sum() / max(1, state.drafted.sum() * drafts))
 
     def p_value(self, expected: np.ndarray) -> float:
-        """Of Pearson's statistic over the cells that are expected 10 times or more; the rest are one cell."""
-        counts = np.zeros((VOCAB,) * NEW)
-        np.add.at(counts, tuple(self.tokens.T), 1)
-        if counts[expected == 0].any():
-            return 0.0  # what the filters remove may never be said
-        often = expected * ROWS >= 10
-        observed = np.append(counts[often], counts[~often].sum())
-        mean = np.append(expected[often], expected[~often].sum()) * ROWS
-        observed, mean = observed[mean > 0], mean[mean > 0]
-        return float(stats.chi2.sf(((observed - mean) ** 2 / mean).sum(), len(mean) - 1))
+        return p_value(self.tokens, expected)
+
+
+def p_value(tokens: np.ndarray, expected: np.ndarray) -> float:
+    """Of Pearson's statistic over the cells that are expected 10 times or more; the rest are one cell."""
+    counts = np.zeros((VOCAB,) * NEW)
+    np.add.at(counts, tuple(tokens.T), 1)
+    if counts[expected == 0].any():
+        return 0.0  # what the filters remove may never be said
+    often = expected * len(tokens) >= 10
+    observed = np.append(counts[often], counts[~often].sum())
+    mean = np.append(expected[often], expected[~often].sum()) * len(tokens)
+    observed, mean = observed[mean > 0], mean[mean > 0]
+    return float(stats.chi2.sf(((observed - mean) ** 2 / mean).sum(), len(mean) - 1))
 
 
 @cache
@@ -153,6 +173,32 @@ def test_drafting_keeps_the_distribution(params: SamplingParams, drafts: int):
     sampled = Sampled(params, drafts)
     assert drafts == 0 or 0.2 < sampled.acceptance < 0.9, "drafts must be kept and rejected"
     assert sampled.p_value(exact(params)) > RIGHT
+
+
+# The engine, whose drafts are verified in another way
+
+
+def test_the_engine_keeps_the_distribution():
+    """With a bias, tokens that may not be drawn yet, a penalty and a filter, all of them at every draft position."""
+    settings = EngineConfig(
+        max_requests=256,
+        max_length=16,
+        rows_per_step=1024,
+        page_size=4,
+        draft_tokens=DRAFTS,
+        adaptive_drafts=False,
+        fused_steps=1,
+        kv_bytes=2_000_000,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "_buckets", lambda settings: [(settings.rows_per_step, settings.max_requests)])
+        engine = Engine(model(), settings)
+    rows = [BIASED.model_copy(update={"seed": seed}) for seed in range(ENGINE_ROWS)]
+    tokens = np.array([tokens for tokens, *_ in engine.run([PROMPT] * ENGINE_ROWS, rows)])
+    assert 0.2 < engine.stats.accepted[0] / engine.stats.drafted[0] < 0.9, "drafts must be kept and rejected"
+    assert p_value(tokens, exact(BIASED)) > RIGHT
+    for wrong in ({"logit_bias": ()}, {"min_tokens": 1}, {"temperature": 0.9}, {"frequency_penalty": 0.0}):
+        assert p_value(tokens, exact(BIASED.model_copy(update=wrong))) < WRONG
 
 
 # Verifiers that are wrong as rivals' are, or as ours could be

@@ -13,6 +13,7 @@ from exaone_jax.config.model import LayerSpec
 from exaone_jax.errors import ConfigError, InputError
 from exaone_jax.inference import engine as engine_module
 from exaone_jax.inference import generate as generate_module
+from exaone_jax.inference.drafting import Drafting
 from exaone_jax.inference.engine import Engine, EngineConfig, Update
 from exaone_jax.inference.generate import generate_tokens
 from exaone_jax.inference.sampling import SamplingParams
@@ -24,6 +25,7 @@ SEEDS = {"k-exaone": 1, "4.5": 1, "k-exaone-2.0": 0}  # of weights whose greedy 
 BUCKETS = engine_module._buckets
 SMALL = {
     "fused_steps": 1,
+    "adaptive_drafts": False,
     "max_requests": 3,
     "max_length": 160,
     "rows_per_step": 24,
@@ -144,7 +146,7 @@ def test_three_at_a_time_in_little_memory(name: str, drafts: int):
     assert stats.generated_tokens == sum(map(len, wanted))
     assert stats.prompt_tokens == sum(map(len, PROMPTS))
     if drafts:
-        assert sum(stats.accepted) > 0.1 * stats.drafted
+        assert sum(stats.accepted) > 0.1 * stats.drafted[0]
         assert stats.accepted == sorted(stats.accepted, reverse=True)
     check_empty(engine)
 
@@ -254,11 +256,26 @@ def test_without_prefix_caching_nothing_is_remembered():
     assert engine.stats.cached_tokens == 0
 
 
+def test_as_many_drafts_as_any_rule_chooses(monkeypatch: pytest.MonkeyPatch):
+    """None, one, two, as it comes: what is said stays, and the counts know which drafts the step before made."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(Drafting, "choose", lambda self, running: int(rng.integers(0, 3)))
+    engine = engine_of("k-exaone", 2, adaptive_drafts=True, fused_steps=3)
+    with no_compiles():
+        for i in (*range(0, 12, 3), 12):
+            chosen = slice(i, i + 3 if i < 12 else COUNT)
+            assert tokens_of(engine, PROMPTS[chosen], PARAMS[chosen]) == expected("k-exaone")[chosen]
+    first, second = engine.stats.drafted
+    assert 0 < second < first < engine.stats.generated_tokens
+    assert [a > 0.2 * d for a, d in zip(engine.stats.accepted, engine.stats.drafted, strict=True)] == [True, True]
+    check_empty(engine)
+
+
 def test_a_shorter_look_back_drafts_and_changes_nothing():
     engine = engine_of("k-exaone", 2, draft_window=8)
     assert [group.window for group in engine.pools.groups] == [None, 4, 8]
     assert tokens_of(engine, PROMPTS[:8], PARAMS[:8]) == expected("k-exaone")[:8]
-    assert sum(engine.stats.accepted) > 0.1 * engine.stats.drafted
+    assert sum(engine.stats.accepted) > 0.1 * engine.stats.drafted[0]
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

@@ -37,7 +37,9 @@ def model() -> Transformer:
 
 @cache
 def engine() -> Engine:
-    settings = EngineConfig(max_requests=2, rows_per_step=24, page_size=4, draft_tokens=2, kv_bytes=10_000_000)
+    settings = EngineConfig(
+        max_requests=2, adaptive_drafts=False, rows_per_step=24, page_size=4, draft_tokens=2, kv_bytes=10_000_000
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "_buckets", lambda s: [(s.rows_per_step, s.max_requests)])
         return Engine(model(), settings, tokenizer=tokenizer())
