@@ -138,8 +138,8 @@ class _EngineFigures(Collector):
             "vllm:prefix_cache_queries": stats.prompt_tokens,
             "vllm:prefix_cache_hits": stats.cached_tokens,
             "vllm:num_preemptions": stats.preemptions,
-            "vllm:spec_decode_num_drafts": stats.drafted,
-            "vllm:spec_decode_num_draft_tokens": stats.drafted * len(stats.accepted),
+            "vllm:spec_decode_num_drafts": max(stats.drafted, default=0),
+            "vllm:spec_decode_num_draft_tokens": sum(stats.drafted),
             "vllm:spec_decode_num_accepted_tokens": sum(stats.accepted),
             "exaone:engine_steps": stats.steps,
         }
