@@ -44,6 +44,9 @@ def make_app(served: Served, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI
 
     app.include_router(_generation(served))
     app.include_router(_about(served))
+    for schema in app.openapi()["components"]["schemas"].values():  # which is kept, and answers /openapi.json
+        if "model" in schema.get("properties", {}):
+            schema["properties"]["model"] = {"enum": [*served.names, None]}
     return app
 
 

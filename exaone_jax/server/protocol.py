@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 MAX_CHOICES = 32
 MAX_PROMPTS = 256
@@ -12,6 +12,28 @@ MAX_GRAMMAR = 1 << 16
 _Text = Annotated[str, Field(min_length=1, max_length=1024)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Ids = Annotated[list[_TokenId], Field(min_length=1)]
+
+
+_AnyNull: dict[str, Any] = {"type": "null"}
+_Message = Annotated[  # exaone_jax.text checks it, and says what is wrong better than a schema
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {
+                "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+                "content": {"anyOf": [{"type": t} for t in ("string", "array", "object", "null")]},
+                "tool_calls": {"anyOf": [{"type": "array", "items": {"type": "object"}}, _AnyNull]},
+                **{
+                    name: {"anyOf": [{"type": "string"}, _AnyNull]}
+                    for name in ("tool_call_id", "reasoning_content", "reasoning", "thinking")
+                },
+            },
+            "required": ["role"],
+            "additionalProperties": _AnyNull,
+        }
+    ),
+]
 
 
 class Request(BaseModel):
@@ -153,7 +175,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 class ChatRequest(Generation):
     """POST /v1/chat/completions. `messages` are checked by exaone_jax.text, which knows what templates take."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=65536)
+    messages: list[_Message] = Field(min_length=1, max_length=65536)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -261,7 +283,7 @@ class TokenizeRequest(Request):
 
     model: str | None = Field(default=None, max_length=1024)
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1, max_length=65536)
+    messages: list[_Message] | None = Field(default=None, min_length=1, max_length=65536)
     tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
     add_generation_prompt: bool | None = None

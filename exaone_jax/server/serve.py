@@ -154,7 +154,7 @@ def _load(config: ServeConfig) -> Served:
     names = config.names or (config.model.resolve().name,)
     service = Service(engine, max_waiting=config.max_waiting)
     defaults = {"temperature": 1.0, **recommended_sampling(model)}
-    return Served(names, engine, service, template, no_chat, defaults, config.request_seconds)
+    return Served(names, engine, service, template, no_chat, defaults, config.request_seconds, config.max_waiting)
 
 
 def _tokenizer(model: Transformer) -> Tokenizer | None:

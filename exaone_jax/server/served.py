@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from exaone_jax.errors import InputError
 from exaone_jax.inference.engine import Engine, Update
 from exaone_jax.inference.sampling import SamplingParams, sampling_params
-from exaone_jax.inference.service import EngineDiedError, OverloadedError, Service
-from exaone_jax.server.errors import ApiError
+from exaone_jax.inference.service import EngineDiedError, OnUpdate, OverloadedError, Service
+from exaone_jax.server.errors import ApiError, refused
 from exaone_jax.server.metrics import Metrics
 from exaone_jax.server.protocol import Generation
 from exaone_jax.text import ChatTemplate, Tokenizer
@@ -37,6 +37,7 @@ class Served:
 
     names: the model's; the first is told in answers. template: None where the checkpoint cannot chat, and no_chat says why.
     defaults: sampling fields that requests do not give. request_seconds: a request's deadline; None: none.
+    most_choices: of a request, n for each of its prompts.
     """
 
     names: tuple[str, ...]
@@ -46,6 +47,7 @@ class Served:
     no_chat: str = ""
     defaults: dict[str, object] = field(default_factory=dict)
     request_seconds: float | None = None
+    most_choices: int = 256
     created: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(init=False)
 
@@ -115,7 +117,7 @@ class Served:
 
 @dataclass
 class Usage:
-    """Tokens of a request so far; `per_choice` of each choice."""
+    """Tokens of a request so far; a prompt counts once, however many choices it has."""
 
     prompt_tokens: int
     cached_tokens: int = 0
@@ -141,9 +143,14 @@ class Ask:
 
 
 class Job:
-    """The sequences of one HTTP request; their updates come through one queue. Always `close` it."""
+    """The sequences of one HTTP request; their updates come through one queue. Always `close` it.
+
+    Raises ApiError for more of them than the server ever takes.
+    """
 
     def __init__(self, served: Served, asks: Sequence[Ask], *, cache_salt: str | None = None):
+        if len(asks) > served.most_choices:
+            raise refused("n", f"{len(asks)} choices in all, and a request has at most {served.most_choices}")
         self._served, self.asks, self._salt = served, asks, cache_salt or ""
         self._loop = asyncio.get_running_loop()
         self._updates = asyncio.Queue[tuple[int, Update | Exception]]()
@@ -176,7 +183,7 @@ class Job:
         if self._closed:
             self._cancel_all()  # left while this thread was submitting
 
-    def _listener(self, index: int):
+    def _listener(self, index: int) -> OnUpdate:
         def tell(update: Update | Exception) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens any more
                 self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))

@@ -107,7 +107,7 @@ def test_korean_is_never_broken_inside_a_character(server: Server):
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
     assert lines.pop() == "[DONE]"
     pieces = [json.loads(line)["choices"][0]["text"] for line in lines]
-    assert len(pieces) > 20
+    assert len(pieces) > 5
     assert "".join(pieces) == whole
 
 

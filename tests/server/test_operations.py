@@ -106,6 +106,7 @@ BAD_FIELDS: list[dict[str, Any]] = [
     {"prompt": "x", "n": 10**9},
     {"prompt": "x", "logprobs": 10**6},
     {"prompt": ["x"] * 100_000},
+    {"prompt": ["x"] * 4},  # the queue has room for 3
 ]
 
 

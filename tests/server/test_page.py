@@ -22,7 +22,6 @@ def browser() -> Iterator[Any]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as browser:
-        browser.implicitly_wait(20)
         yield browser
 
 
