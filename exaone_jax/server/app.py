@@ -34,7 +34,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
 
 def make_app(served: Served, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The application that serves a model; `Guard` goes around it."""
-    app = FastAPI(title="exaone-jax", version=exaone_jax.__version__, docs_url=None, redoc_url=None)
+    app = _App(served, title="exaone-jax", version=exaone_jax.__version__, docs_url=None, redoc_url=None)
     app.state.max_body_bytes = max_body_bytes
     install(app)
 
@@ -44,10 +44,22 @@ def make_app(served: Served, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI
 
     app.include_router(_generation(served))
     app.include_router(_about(served))
-    for schema in app.openapi()["components"]["schemas"].values():  # which is kept, and answers /openapi.json
-        if "model" in schema.get("properties", {}):
-            schema["properties"]["model"] = {"enum": [*served.names, None]}
     return app
+
+
+class _App(FastAPI):
+    """Its OpenAPI says which models there are."""
+
+    def __init__(self, served: Served, **more: Any):
+        super().__init__(**more)
+        self._names = served.names
+
+    def openapi(self) -> dict[str, Any]:
+        found = super().openapi()
+        for schema in found["components"]["schemas"].values():
+            if "model" in schema.get("properties", {}):
+                schema["properties"]["model"] = {"enum": [*self._names, None]}
+        return found
 
 
 def _generation(served: Served) -> APIRouter:

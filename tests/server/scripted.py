@@ -79,4 +79,6 @@ def _app(what: Served) -> Any:
 
 def client(what: Served, keys: Sequence[str] = ()) -> httpx.AsyncClient:
     app: Any = Guard(_app(what), keys)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://server")
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://server", trust_env=False
+    )
