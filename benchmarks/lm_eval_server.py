@@ -24,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import exaone_jax
+from exaone_jax.model import Transformer
 from exaone_jax.text import Tokenizer
 
 TASK = """\
@@ -92,9 +93,10 @@ def main() -> int:
     return int(worst > given.tolerance or verdicts > 0 or count != 4 * given.questions)
 
 
-def score(model: exaone_jax.model.Transformer, tokenizer: Tokenizer, context: str, answer: str) -> tuple[float, bool]:
+def score(model: Transformer, tokenizer: Tokenizer, context: str, answer: str) -> tuple[float, bool]:
     """(log-likelihood of an answer, whether it is the greedy one), its tokens being those beyond the context's."""
-    whole, start = tokenizer.encode(context + answer), len(tokenizer.encode(context))
+    start = len(before := tokenizer.encode(context))
+    whole = [*before, *tokenizer.encode(context + answer)[start:]]  # as lm-eval, which sends just this
     padded = np.zeros((1, -(-len(whole) // 64) * 64), np.int32)  # few lengths, so few programs; nothing looks ahead
     padded[0, : len(whole)] = whole
     log_probs = np.asarray(jax.nn.log_softmax(model(padded)[0].astype(np.float32)))[start - 1 : len(whole) - 1]
