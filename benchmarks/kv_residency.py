@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from exaone_jax.config.hf import published, read_config
 from exaone_jax.config.model import ModelConfig
-from exaone_jax.inference.engine import EngineConfig, written_ahead
+from exaone_jax.inference.engine import FUSED_STEPS, written_ahead
 from exaone_jax.inference.pools import Holding, KeyChain, PoolRequest, Pools, plan_pools
 
 LENGTHS = (1024, 8192, 32_768, 131_072, 262_144)
@@ -51,7 +51,7 @@ def resident_tokens(config: ModelConfig, length: int, memory: int, *, sequences:
         max_sequences=sequences,
         rows=CHUNK,
         ahead=ahead,
-        spare=written_ahead(drafts, EngineConfig().fused_steps) - ahead,
+        spare=written_ahead(drafts, FUSED_STEPS) - ahead,
         typical_length=length + PAGE,
         itemsize=2,
         mtp=drafts > 0,

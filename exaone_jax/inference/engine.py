@@ -43,6 +43,7 @@ from exaone_jax.model.relayout import with_mtp_window
 from exaone_jax.text import Tokenizer
 
 _MEMORY_SHARE = 0.9  # of an accelerator's memory; the rest is for what a step computes
+FUSED_STEPS = 4  # on an accelerator
 _HOST_SHARE = 0.25  # of a CPU's free memory
 
 Reason = Literal["stop", "length", "cancelled", "error"]
@@ -56,8 +57,9 @@ class EngineConfig(BaseModel):
     rows_per_step: of the flat token axis, so the longest chunk of a prompt.
     draft_tokens: proposed by the MTP layer for each request in every step, at most.
     adaptive_drafts: propose fewer where that is faster, as `drafting` reckons with free_rows: rows that a step computes while it
-        reads the weights; None: 256 on an accelerator, 8 on a CPU.
+        reads the weights; None: 256 on an accelerator, 8 on a CPU. They are more programs to compile; None: on an accelerator.
     fused_steps: run as one program while nobody waits and no prompt is read; a request that comes meanwhile waits for them.
+        None: 4 on an accelerator; 1 on a CPU, where a step takes longer than what the host adds to it.
     draft_window: positions that the MTP layer looks back, where it was trained with more; None: all. Without a window it
         costs memory as a global layer does. What it drafts is verified either way.
     typical_length: of a request; decides how the memory is shared between windows and global layers.
@@ -71,9 +73,9 @@ class EngineConfig(BaseModel):
     rows_per_step: int = Field(default=512, ge=1)
     page_size: int = Field(default=32, ge=1)
     draft_tokens: int = Field(default=0, ge=0, le=15)
-    adaptive_drafts: bool = True
+    adaptive_drafts: bool | None = None
     free_rows: int | None = Field(default=None, ge=1)
-    fused_steps: int = Field(default=4, ge=1, le=64)
+    fused_steps: int | None = Field(default=None, ge=1, le=64)
     draft_window: int | None = Field(default=None, ge=1)
     prefix_caching: bool = True
     typical_length: int = Field(default=8192, ge=1)
@@ -173,23 +175,29 @@ class Engine:
         self.stop_ids = frozenset((*model.config.eos_token_ids, *ends))
         self._grammars = None if tokenizer is None else Grammars(tokenizer, model.config.vocab_size, self.stop_ids)
         slots, drafts = settings.max_requests, settings.draft_tokens
+        cpu = jax.default_backend() == "cpu"
+        fused = settings.fused_steps or (1 if cpu else FUSED_STEPS)
+        self._adaptive = drafts > 0 and (not cpu if settings.adaptive_drafts is None else settings.adaptive_drafts)
         ask = PoolRequest(
             page_size=settings.page_size,
             max_length=self.max_length + 2 * drafts,  # a request's last drafts may be past its end
             max_sequences=slots,
             rows=settings.rows_per_step,
             ahead=written_ahead(drafts),
-            spare=written_ahead(drafts, settings.fused_steps) - written_ahead(drafts),
+            spare=written_ahead(drafts, fused) - written_ahead(drafts),
             typical_length=settings.typical_length,
             itemsize=jnp.dtype(model.dtype).itemsize,
             mtp=drafts > 0,
         )
         planned = plan_pools(model.config, ask, settings.kv_bytes or _free_memory(slots * model.config.vocab_size * 9))
         self.pools = Pools(planned, settings.page_size, slots)
-        remember, fused = settings.prefix_caching, settings.fused_steps
+        remember = settings.prefix_caching
         self.scheduler = Scheduler(self.pools, slots, settings.rows_per_step, drafts, remember=remember, fused=fused)
-        self._device = _Device(model, self.pools, settings, max_ends=len(self.stop_ids) + MAX_STOP_IDS)
-        self._drafting = Drafting(drafts, free_rows=_free_rows(settings), draft_cost=_draft_cost(model))
+        sizes = _buckets(settings)
+        programs = _programs(settings, sizes, fused, fewer_drafts=self._adaptive)
+        self._device = _Device(model, self.pools, settings, programs, max_ends=len(self.stop_ids) + MAX_STOP_IDS)
+        free_rows = settings.free_rows or (8 if cpu else 256)
+        self._drafting = Drafting(drafts, free_rows=free_rows, draft_cost=_draft_cost(model))
         self.stats = Stats(drafted=[0] * drafts, accepted=[0] * drafts)
         self._ids = itertools.count()
         self._requests: dict[int, Request] = {}
@@ -253,7 +261,7 @@ class Engine:
         """Start the next step on the device, and tell what came of the one before."""
         updates, self._ended = self._ended, []
         drafts = self.settings.draft_tokens
-        if drafts and self.settings.adaptive_drafts and self.scheduler.running:
+        if self._adaptive and self.scheduler.running:
             drafts = self._drafting.choose(len(self.scheduler.running))
         try:
             entries = self.scheduler.plan(drafts)
@@ -448,7 +456,15 @@ def _take_prompt_scores(entry: Entry, scores: Scores, row: int) -> None:
 class _Device:
     """The compiled programs, and the state that they pass on."""
 
-    def __init__(self, model: Transformer, pools: Pools, settings: EngineConfig, *, max_ends: int):
+    def __init__(
+        self,
+        model: Transformer,
+        pools: Pools,
+        settings: EngineConfig,
+        programs: Sequence[tuple[int, int, int, int]],
+        *,
+        max_ends: int,
+    ):
         graphdef, params = nnx.split(model)
         windows = tuple(group.window for group in pools.groups)
         pages = {group.window: group.pages for group in pools.groups}
@@ -487,14 +503,13 @@ class _Device:
             steps, drafts, *sizes = key
             return step_jit.lower(self._params, self._state, self._tables, self._empty(*sizes), drafts, steps).compile()
 
-        self.sizes, words = _buckets(settings), -(-self.vocab // 32)
+        words = -(-self.vocab // 32)
         self._no_masks = {
             requests: jax.device_put(np.zeros((requests, self.drafts + 1, words), np.uint32), self._everywhere)
-            for _, requests in self.sizes
+            for *_, requests in programs
         }
-        keys = _programs(settings, self.sizes)
         with ThreadPoolExecutor(os.cpu_count()) as workers:
-            self._steps = dict(zip(keys, workers.map(compiled, keys), strict=True))
+            self._steps = dict(zip(programs, workers.map(compiled, programs), strict=True))
         self._admit = admit_jit.lower(self._state, np.int32(0), nobody).compile()
 
     def admit(self, request: Request) -> None:
@@ -591,23 +606,20 @@ def _buckets(settings: EngineConfig) -> list[tuple[int, int]]:
     return sorted(sizes)
 
 
-def _programs(settings: EngineConfig, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
-    """(steps, drafts, rows, requests) of the compiled programs, of those alike the cheapest first."""
-    most, keys = settings.draft_tokens, set[tuple[int, int, int, int]]()
+def _programs(
+    settings: EngineConfig, sizes: Sequence[tuple[int, int]], fused: int, *, fewer_drafts: bool
+) -> list[tuple[int, int, int, int]]:
+    """(steps, drafts, rows, requests) of the compiled programs, of those alike the cheapest first: steps with prompts have all
+    drafts, those that only decode fewer too."""
+    most = settings.draft_tokens
+    keys = {(1, most, *size) for size in sizes}
     fewest = {requests: rows for rows, requests in sorted(sizes, reverse=True)}
-    for drafts in range(most + 1) if settings.adaptive_drafts else [most]:
-        for rows, requests in sizes:
-            if only_decode := rows == requests * (most + 1):
-                keys.add((1, drafts, requests * (drafts + 1), requests))
-            if not only_decode or rows == settings.rows_per_step:
-                keys.add((1, drafts, rows, requests))
-            if settings.fused_steps > 1 and rows == fewest[requests]:
-                keys.add((settings.fused_steps, drafts, min(rows, requests * (drafts + 1)), requests))
+    for requests, rows in fewest.items():
+        for drafts in range(0 if fewer_drafts else most, most + 1):
+            one = set() if drafts == most else {1}
+            for steps in one | ({fused} - {1}):
+                keys.add((steps, drafts, min(rows, requests * (drafts + 1)), requests))
     return sorted(keys)
-
-
-def _free_rows(settings: EngineConfig) -> int:
-    return settings.free_rows or (8 if jax.default_backend() == "cpu" else 256)
 
 
 def _draft_cost(model: Transformer) -> float:

@@ -143,13 +143,15 @@ class Scheduler:
         self.waiting.append(request)
 
     def plan(self, drafts: int | None = None) -> list[Entry]:
-        """The next step, with so many drafts (None: the most) that each request verifies and has made; empty where there is
-        nothing to do. Nothing is in flight because of it until `launched`.
+        """The next step; empty where there is nothing to do. Nothing is in flight because of it until `launched`.
+
+        drafts: that each request verifies and has made, where no prompt is read; None, and where one is: the most.
 
         Raises NoRoomError.
         """
         entries: list[Entry] = []
-        self.now = self.drafts if drafts is None else drafts
+        reading = any(r.reading for r in self.running) or (self.waiting and self.free_slots)
+        self.now = self.drafts if drafts is None or reading else drafts
         put_off = self.preemptions
         decoding = [
             r for r in self.running if not r.reading and r.least() < r.limit and not (r.constraint and r.flights)

@@ -57,13 +57,12 @@ def test_all_drafts_are_tried_again():
 @pytest.mark.parametrize(("requests", "rows"), [(8, 24), (32, 512), (5, 16), (1, 3), (16, 384)])
 @pytest.mark.parametrize("fused", [1, 4])
 def test_there_is_a_program_for_every_step(requests: int, rows: int, fused: int):
-    """Whatever the drafts: for as many requests as run, with as many rows as a step has, and with no more than decoding takes."""
-    settings = EngineConfig(max_requests=requests, rows_per_step=rows, draft_tokens=2, fused_steps=fused)
-    programs = _programs(settings, _buckets(settings))
-    assert programs == sorted(set(programs))
+    """With prompts for as many rows as a step has; and to decode, whatever the drafts, no more rows than it takes."""
+    settings = EngineConfig(max_requests=requests, rows_per_step=rows, draft_tokens=2)
+    programs = _programs(settings, _buckets(settings), fused, fewer_drafts=True)
+    assert (1, 2, rows, requests) in programs and programs == sorted(set(programs))
+    counts = sorted({a for *_, a in programs})
     for drafts in range(3):
-        own = [(n, a) for steps, d, n, a in programs if (steps, d) == (1, drafts)]
-        assert (rows, requests) in own
-        assert min(n for n, a in own if a == requests) == requests * (drafts + 1)
-        several = [(n, a) for steps, d, n, a in programs if (steps, d) == (4, drafts)]
-        assert several == ([(a * (drafts + 1), a) for a in sorted({a for _, a in own})] if fused > 1 else [])
+        for steps in {1, fused}:
+            own = [(n, a) for s, d, n, a in programs if (s, d) == (steps, drafts)]
+            assert [min(n for n, a in own if a == each) for each in counts] == [each * (drafts + 1) for each in counts]
