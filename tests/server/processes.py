@@ -69,7 +69,7 @@ def start(checkpoint: Path, *flags: str, code: str = _RUN, ready: bool = True) -
     server._reader = threading.Thread(target=server.read, daemon=True)
     server._reader.start()
     if ready:
-        server.url = server.logged("ready", 240)["url"]
+        server.url = server.logged("ready", 450)["url"]
     return server
 
 
