@@ -69,7 +69,11 @@ def start(checkpoint: Path, *flags: str, code: str = _RUN, ready: bool = True) -
     server._reader = threading.Thread(target=server.read, daemon=True)
     server._reader.start()
     if ready:
-        server.url = server.logged("ready", 450)["url"]
+        try:
+            server.url = server.logged("ready", 450)["url"]
+        except BaseException:
+            process.kill()
+            raise
     return server
 
 
