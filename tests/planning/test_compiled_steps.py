@@ -72,9 +72,9 @@ def test_it_computes_and_sends_what_arithmetic_says(case: Case):
     assert plan.fits, gib(plan.memory.total)
     assert abs(flops_ratio(plan) - 1) <= 0.1
     assert sent_ratio(plan) <= 1.5
-    # The estimate is of what must be alive. The compiler also gathers weights ahead of their use, keeps accumulators of products
-    # that it splits to overlap them with transfers, and on a chip with room to spare saves nothing: found are 0.61 to 1.01.
-    assert 0.5 < plan.estimated.total / plan.memory.total < 1.1
+    # The estimate is of what must be alive; the compiler also gathers weights ahead of their use where a chip has room, and drops
+    # what it need not keep: found are 0.85 to 1.22.
+    assert 0.8 < plan.estimated.total / plan.memory.total < 1.3
 
 
 def row(plan: Plan) -> str:
