@@ -27,7 +27,7 @@ def launch(processes: int, devices: int, *more: str, ranks: list[int] | None = N
 
 def finish(running: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     try:
-        texts = [process.communicate(timeout=240) for process in running]
+        texts = [process.communicate(timeout=480) for process in running]
     finally:
         for process in running:
             process.kill()
