@@ -23,6 +23,8 @@ def _share_cores() -> None:
 _share_cores()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tolerances are argued for the CPU; a GPU run names its own platform
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # for tests of meshes; what asks for none runs on the first
+# These tests compile much and compute little, and a third of a compile is optimisation that they do not need.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong: fail at once
 
@@ -36,17 +38,6 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("repeatable")
-
-
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """For tests that compile much and compute little: half the time of a compile is optimisation that they do not need."""
-    import jax
-
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,7 +21,6 @@ from exaone_jax.model import Transformer
 from exaone_jax.parallel import MeshShape, make_mesh
 from tests.inference.small_models import K_EXAONE, VOCAB, WITH_MTP, agreeing, make, prompts, reciting
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 SEEDS = {"k-exaone": 1, "4.5": 1, "k-exaone-2.0": 0}  # of weights whose greedy drafts are right and wrong
 BUCKETS = engine_module._buckets
 SMALL = {

@@ -20,11 +20,6 @@ PROMPTS = prompts(LENGTHS)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def all_compile_quickly(quick_compiles: None):
-    """Every test of this module."""
-
-
 def tables_of(model: Transformer, count: int, *, narrow: bool) -> tuple[jax.Array, ...]:
     """For each window: `count` sequences with shuffled pages of their own; `narrow` tables of windows wrap like rings."""
     order, tables = np.random.default_rng(0).permutation(PAGES), []

@@ -24,8 +24,6 @@ LENGTH, VOCAB, CHUNK = 40, 23, 20
 # differences of 1e-5 in logits of size 1 to 5. What these tests look for (a key too many, a position off) gives 0.01 up.
 TOLERANCE = 2e-4
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 SPECS = st.builds(
     LayerSpec,

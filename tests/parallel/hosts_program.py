@@ -16,7 +16,6 @@ def main() -> None:
     coordinator, processes, rank, devices = sys.argv[1:5]
     timeout, version = (*sys.argv[5:], *("60", "")[len(sys.argv) - 5 :])
     jax.config.update("jax_num_cpu_devices", int(devices))
-    jax.config.update("jax_disable_most_optimizations", True)
     if version:
         hosts.versions = lambda: {"jax": version}
     hosts.start(hosts.Hosts(coordinator, int(processes), int(rank), int(timeout)))

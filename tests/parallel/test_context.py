@@ -12,7 +12,6 @@ from exaone_jax.parallel import MeshShape, make_mesh
 from exaone_jax.parallel.context import context_attention
 from pallas_kernels.attention import attention
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 ROWS = P(None, "context")
 
 

@@ -21,8 +21,6 @@ from exaone_jax.training import LossConfig, adamw, init_state, train_step
 from exaone_jax.training.loss import total_loss
 from tests.parallel.small_model import CONFIG, on_mesh, one_device, rows
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MESHES = [
     "fsdp=8",
     "expert=8",

@@ -45,7 +45,6 @@ DENSE = ModelConfig(
         (EVERY_LAYER, "expert=4,tensor=2", Workload("decode", 64, 256, 1, None, "float32")),
     ],
 )
-@pytest.mark.usefixtures("quick_compiles")
 def test_the_estimate_beside_the_compiled_program(config: ModelConfig, mesh: str, work: Workload):
     devices = make_mesh(MeshShape.parse(mesh))
     estimated = estimate(config, work, step_inputs(config, work, devices))
@@ -61,7 +60,6 @@ def test_the_estimate_beside_the_compiled_program(config: ModelConfig, mesh: str
     assert 0.9 < compiled.flops * 8 / (flops.model + flops.recomputed) < 2.0
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_what_each_remat_policy_computes_again():
     """In the compiled program: "full" the layers' products but the last of each, that nothing behind it needs, and "dots" none.
 

@@ -59,8 +59,8 @@ class Server:
 
 
 def start(checkpoint: Path, *flags: str, code: str = _RUN, ready: bool = True) -> Server:
-    """A server process. It compiles without optimisation: quick to start, and the same for all."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    """A server process."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     if PROGRAMS:
         env |= {"JAX_COMPILATION_CACHE_DIR": PROGRAMS, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-c", code, "serve", "--model", str(checkpoint), *_SMALL, *flags]

@@ -37,7 +37,7 @@ def test_models(client: openai.OpenAI):
         client.models.retrieve("nobody")
 
 
-def test_greedy_text_is_what_the_model_says(client: openai.OpenAI, checkpoint: Path, quick_compiles: None):
+def test_greedy_text_is_what_the_model_says(client: openai.OpenAI, checkpoint: Path):
     """With drafts, batched and streamed, against `complete` in this process without."""
     model = exaone_jax.load(checkpoint)
     prompts = [PROMPT, "서울", "나뉘지 않는"]

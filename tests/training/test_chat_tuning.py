@@ -8,7 +8,8 @@ from exaone_jax.inference.sampling import SamplingParams
 from exaone_jax.inference.text import complete
 from exaone_jax.text import encode_chat
 from exaone_jax.training.loop import train
-from exaone_jax.training.setup import set_up
+from exaone_jax.training.setup import initial_state, set_up
+from exaone_jax.training.step import trained_model
 from tests.training.runs import DENSE, small_run
 
 ANSWERS = {"red": "rouge", "blue": "bleu", "green": "vert", "white": "blanc", "black": "noir", "grey": "gris"}
@@ -38,6 +39,6 @@ def test_a_tuned_model_answers_and_stops_at_the_end_of_its_turn(tmp_path: Path) 
     found = complete(model, setup.tokenizer, prompts, SamplingParams(max_new_tokens=40))
     assert [each.text.strip() for each in found] == list(ANSWERS.values())
     assert {each.finish_reason for each in found} == {"stop"}
-    untaught = [setup.tokenizer.encode(each) for each in ANSWERS]  # without the template around it
-    found = complete(model, setup.tokenizer, untaught, SamplingParams(max_new_tokens=40))
+    fresh = trained_model(setup.graphdef, initial_state(setup))
+    found = complete(fresh, setup.tokenizer, prompts, SamplingParams(max_new_tokens=40))
     assert not any(each.text.strip() in ANSWERS.values() for each in found)

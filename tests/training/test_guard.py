@@ -18,7 +18,6 @@ from exaone_jax.training.saves import named_arrays, saved_steps, with_arrays
 from exaone_jax.training.step import Guard, _is_spike
 from tests.training.runs import SPARSE, small_run
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 BAD = 61 - 1  # a token whose presence makes a step bad
 ADAMW = adamw(wsd(0.01, 60, warmup=5, decay=10))
 

@@ -15,7 +15,6 @@ from exaone_jax.model.stack import SegmentStats
 from exaone_jax.training import LossConfig
 from exaone_jax.training.loss import LossMetrics, by_layer, targets, total_loss
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 Terms = tuple[jax.Array, tuple[LossMetrics, tuple[SegmentStats, ...]]]
 
 

@@ -30,7 +30,7 @@ def start(folder: Path, *overrides: str, processes: int = 1, devices: int = 1, g
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, "-m", "exaone_jax", "train", str(folder / "run.yaml"), *overrides]
     started = []
     for rank in range(processes):

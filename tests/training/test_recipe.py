@@ -17,8 +17,6 @@ from exaone_jax.training.setup import Setup, initial_state, set_up
 from exaone_jax.training.step import TrainState
 from tests.training.runs import DENSE, SPARSE, small_run, text_file, yaml_file
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def last_state(folder: Path, **changes) -> tuple[Setup, TrainState]:
     """Of a run that is done."""

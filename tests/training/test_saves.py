@@ -18,8 +18,6 @@ from exaone_jax.training.faults import locked
 from exaone_jax.training.loop import Outcome, train
 from tests.training.runs import SPARSE, small_run, text_file
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:

@@ -16,7 +16,6 @@ from exaone_jax.training import LossConfig, Optimizer, adamw, evaluate, init_sta
 from exaone_jax.training.loss import total_loss
 from exaone_jax.training.step import StepMetrics, TrainState
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 ADAMW = adamw(wsd(0.01, 60, warmup=5, decay=10))
 
 

@@ -21,7 +21,6 @@ from tests.golden.cases import batch  # noqa: E402
 from tests.model.hf_models import HFModel, build  # noqa: E402
 from tests.model.parity import assert_parity  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 DOCUMENTS = ((0, 40), (40, 64)), ((0, 50),)  # of two rows of 64 tokens: two packed into one, and one beside padding
 LENGTH = 64
 RATE, DECAY, CLIP = 1e-3, 0.1, 1.0

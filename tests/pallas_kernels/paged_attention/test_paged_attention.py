@@ -15,8 +15,6 @@ from pallas_kernels import _select
 from pallas_kernels.paged_attention import choose_implementation, paged_attention, pool_format
 from tests.pallas_kernels.paged_attention.cases import FP32_ERROR, by_rows, make_case, run
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # Nothing yet, one token, a chunk inside a context, a whole prompt, more rows than positions, decode, a longer chunk.
 MIX = [(0, 0), (1, 1), (100, 40), (5, 5), (1, 3), (64, 1), (130, 70), (30, 0), (90, 4)]
 
