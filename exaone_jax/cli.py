@@ -24,6 +24,7 @@ from exaone_jax.errors import ExaoneError, InputError
 if TYPE_CHECKING:
     from exaone_jax.checkpoints.convert import ConvertReport
     from exaone_jax.model import Transformer
+    from exaone_jax.parallel.hosts import Hosts
     from exaone_jax.text.response import Event
 
 _REASONING, _ANSWER = "--- reasoning", "--- answer"
@@ -653,6 +654,15 @@ def serve(
     ] = None,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
+    coordinator_address: Annotated[
+        str | None,
+        typer.Option(
+            help="ADDRESS:PORT of the first of several processes, one a host; `environment` on Cloud TPU, GKE and Slurm.",
+            show_default=False,
+        ),
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(help="Of how many.", show_default=False)] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which this is, from 0.", show_default=False)] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(help="Tokens of the longest request; the model's context if not given.", show_default=False),
@@ -682,6 +692,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI's API, until SIGTERM or Ctrl-C.
 
+    On several hosts start it on each, with the same options and --mesh; the first process listens.
+
     Exit codes: 0 every open request could end; 1 some were cut off; 3 the port cannot be had.
     """
     _need_serve()
@@ -704,6 +716,7 @@ def serve(
         names=tuple(served_model_name or ()),
         dtype=dtype,
         mesh=mesh,
+        hosts=_hosts(coordinator_address, num_processes, process_id),
         host=host,
         port=port,
         api_key_file=api_key_file,
@@ -716,6 +729,17 @@ def serve(
     )
     if not run(config):
         raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _hosts(coordinator: str | None, num_processes: int | None, process_id: int | None) -> "Hosts | None":
+    """How the processes of several hosts find each other; None: there is one."""
+    from exaone_jax.parallel.hosts import ENVIRONMENT, Hosts
+
+    if (coordinator, num_processes, process_id) == (None, None, None):
+        return None
+    if coordinator == "environment" and (num_processes, process_id) == (None, None):
+        return ENVIRONMENT
+    return Hosts(coordinator, num_processes, process_id)
 
 
 @bench_app.command("serve")

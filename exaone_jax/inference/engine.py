@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import os
 import time
+import zlib
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -202,6 +204,7 @@ class Engine:
         self._ids = itertools.count()
         self._requests: dict[int, Request] = {}
         self._ended: list[Update] = []  # from outside, to be told by the next step
+        self.digest = 0  # of all tokens so far: what hosts that run the same steps must agree on
         self._flight: _Flight | None = None
 
     @property
@@ -214,11 +217,13 @@ class Engine:
         self.add(request)
         return request.id
 
-    def prepare(self, prompt: str | Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Request:
+    def prepare(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, cache_salt: str = "", number: int | None = None
+    ) -> Request:
         """A request for `add`. Any thread may call this at any time.
 
         prompt: a text, in which spelled control tokens stay text, or token ids. cache_salt: only requests of one salt share
-        remembered pages.
+        remembered pages. number: the request's, where another host has given it one.
 
         Raises InputError for what cannot be served.
         """
@@ -236,7 +241,8 @@ class Engine:
         if params.grammar is not None and self._grammars is not None:
             constraint = self._grammars.constraint(params.grammar)
         holding = Holding(len(self.pools.groups))
-        return Request(next(self._ids), ids, params, chain, holding, len(ids), text, ends, constraint)
+        number = next(self._ids) if number is None else number
+        return Request(number, ids, params, chain, holding, len(ids), text, ends, constraint, cache_salt)
 
     def add(self, request: Request) -> None:
         """Queue a prepared request."""
@@ -328,6 +334,7 @@ class Engine:
                 for token in row[:count].tolist()
             ]
             self.scheduler.collected(entry, new)
+            self.digest = zlib.crc32(np.array([request.id, *new]).tobytes(), self.digest)
             if entry.first is None:
                 self._count_drafts(counts, [entry.drafted, *[flight.drafts] * (entry.steps - 1)])
             if request.constraint is not None:
@@ -473,12 +480,12 @@ class _Device:
         self._everywhere = _replicated(params)
         shapes = {"counts": jnp.int32, "in_prompt": bool, "bias": jnp.float32}
         self._zeros = {name: jnp.zeros((1, self.vocab), dtype) for name, dtype in shapes.items()}
-        self._zeros = jax.device_put(self._zeros, self._everywhere)
+        self._zeros = _put(self._zeros, self._everywhere)
         self._max_ends = max_ends
         nobody = self._terms(SamplingParams(), (), [], ())
         state = init_state(model, pages, settings.page_size, self.slots, self.drafts, nobody)
         cache = state.cache  # laid out by the placement; everything else is whole everywhere
-        state = jax.device_put(dataclasses.replace(state, cache=PagedCache((), None)), self._everywhere)
+        state = _put(dataclasses.replace(state, cache=PagedCache((), None)), self._everywhere)
         self._state = dataclasses.replace(state, cache=cache)
         self._tables = self._current_tables()
         kept = jax.tree.map(lambda x: x.sharding, self._state)
@@ -505,7 +512,7 @@ class _Device:
 
         words = -(-self.vocab // 32)
         self._no_masks = {
-            requests: jax.device_put(np.zeros((requests, self.drafts + 1, words), np.uint32), self._everywhere)
+            requests: _put(np.zeros((requests, self.drafts + 1, words), np.uint32), self._everywhere)
             for *_, requests in programs
         }
         with ThreadPoolExecutor(os.cpu_count()) as workers:
@@ -594,7 +601,7 @@ class _Device:
     def _current_tables(self) -> tuple[jax.Array, ...]:
         self.pools.changed = False
         # Copies: the host goes on writing its tables while the device reads.
-        return jax.device_put(tuple(table.copy() for table in self.pools.tables), self._everywhere)
+        return _put(tuple(table.copy() for table in self.pools.tables), self._everywhere)
 
 
 def _buckets(settings: EngineConfig) -> list[tuple[int, int]]:
@@ -660,13 +667,23 @@ def _checked(model: Transformer, settings: EngineConfig) -> int:
 
 
 def _free_memory(reserved: int) -> int:
-    """Bytes for keys and values on one device, beside `reserved` bytes of other state."""
+    """Bytes for keys and values on one device, beside `reserved` bytes of other state; of several hosts the least."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         free = int(stats["bytes_limit"] * _MEMORY_SHARE) - stats["bytes_in_use"]
     else:
         free = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _HOST_SHARE)
+    if jax.process_count() > 1:
+        free = int(multihost_utils.process_allgather(np.int32(free >> 20)).min()) << 20
     return max(0, free - reserved)
+
+
+def _put(values: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The arrays whole on every device of the sharding; of several processes each has the same ones."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(values, sharding)
+    # device_put would have all processes compare them, at every step.
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__), values)
 
 
 def _replicated(params: nnx.State) -> jax.sharding.Sharding:

@@ -37,6 +37,7 @@ class Request:
     pending: launched steps that decode, flights: launched programs, whose results were not looked at.
     arrived, started, first_token: when it was made, first had a slot, and had a token; seconds of time.monotonic.
     ends: tokens that end it. constraint: what may follow; with one it takes no step before the one before was looked at.
+    cache_salt: of `chain`, which finds only pages of the same.
     drafted: tokens that its newest step proposes; drafts: what they are, known where it has a constraint.
     prompt_logprobs: of the prompt's tokens, as far as they were read; the first has none.
     """
@@ -50,6 +51,7 @@ class Request:
     text: TextRow | None  # what the tokens say, where there is a tokenizer
     ends: frozenset[int] = frozenset()
     constraint: Constraint | None = None
+    cache_salt: str = ""
     prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=lambda: [None])
     drafts: Sequence[int] = ()
     drafted: int = 0

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from exaone_jax.inference.engine import Engine, Update
+from exaone_jax.inference.lockstep import Leader
 from exaone_jax.inference.sampling import SamplingParams
 from exaone_jax.inference.scheduler import Request
 
@@ -27,10 +28,11 @@ class Service:
     Args:
         engine: which nobody else steps.
         max_waiting: requests that may wait for a place; more are refused.
+        leader: of the other processes that run the same steps; None: there are none.
     """
 
-    def __init__(self, engine: Engine, *, max_waiting: int = 256):
-        self._engine, self._max_waiting = engine, max_waiting
+    def __init__(self, engine: Engine, *, max_waiting: int = 256, leader: Leader | None = None):
+        self._engine, self._max_waiting, self._leader = engine, max_waiting, leader
         self._wake = threading.Condition()
         self._arrived: deque[tuple[Request, OnUpdate]] = deque()
         self._cancelled: deque[int] = deque()
@@ -105,11 +107,15 @@ class Service:
             while self._take():
                 for update in self._engine.step():
                     self._tell(update)
+            if self._leader is not None:
+                self._leader.end()
         except BaseException as error:
             self._error = error
             raise
         finally:
             self._hang_up()
+            if self._leader is not None:
+                self._leader.close()
 
     def _take(self) -> bool:
         """Wait for work and hand it to the engine; False when there will be none any more."""
@@ -126,7 +132,10 @@ class Service:
                 self._engine.add(request)
             for number in cancelled:
                 self._engine.cancel(number)
-            return not self._closing
+            closing = self._closing
+        if self._leader is not None and not closing:
+            self._leader.announce([request for request, _ in arrived], cancelled, self._engine.digest)
+        return not closing
 
     def _tell(self, update: Update) -> None:
         ended = update.finish_reason is not None

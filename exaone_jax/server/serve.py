@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
 import uvicorn
 from pydantic import ValidationError
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -16,10 +17,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 import exaone_jax
 from exaone_jax.errors import CheckpointError, ConfigError, InputError, StorageError
 from exaone_jax.inference.engine import Engine, EngineConfig
+from exaone_jax.inference.lockstep import Leader, follow
 from exaone_jax.inference.service import Service
 from exaone_jax.inference.text import recommended_sampling, tokenizer_of
 from exaone_jax.model import Transformer
-from exaone_jax.parallel import MeshShape, make_mesh
+from exaone_jax.parallel import MeshShape, hosts, make_mesh
+from exaone_jax.parallel.hosts import Hosts
 from exaone_jax.server.app import make_app
 from exaone_jax.server.body import MAX_BODY_BYTES
 from exaone_jax.server.guard import Guard, JsonLines, log, say
@@ -35,7 +38,8 @@ class ServeConfig:
     """What to serve, where, and within which bounds.
 
     host, port: port 0 takes a free one. names: of the model in requests; the directory's name if empty. api_key_file: a key a
-    line. max_waiting: requests that may wait for a place, more are refused. request_seconds: a request's deadline.
+    line. hosts: how the processes of several hosts find each other, the first of which listens; None: there is one.
+    max_waiting: requests that may wait for a place, more are refused. request_seconds: a request's deadline.
     shutdown_seconds: how long open requests may go on after SIGTERM.
     """
 
@@ -44,6 +48,7 @@ class ServeConfig:
     names: tuple[str, ...] = ()
     dtype: str | None = None
     mesh: str | None = None
+    hosts: Hosts | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
@@ -67,8 +72,18 @@ def engine_config(**fields: object) -> EngineConfig:
 def serve(config: ServeConfig) -> bool:
     """Serve until SIGTERM or SIGINT. Returns whether every open request could end; False: some were cut off.
 
+    On several hosts only the first process listens. The others run the same steps until it ends, and let signals pass.
+
     Raises InputError for files that are missing, StorageError for a port that is taken, and what loading and compiling raise.
     """
+    if config.hosts is not None:
+        hosts.start(config.hosts)
+    if jax.process_count() > 1 and config.mesh is None:
+        raise InputError(
+            f"--mesh: none given, and {jax.process_count()} processes have {jax.device_count()} devices to share"
+        )
+    if jax.process_index() > 0:
+        return _follow(config)
     keys = _read_keys(config.api_key_file)
     _check_tls(config)
     listener = _listen(config.host, config.port)
@@ -95,6 +110,18 @@ def serve(config: ServeConfig) -> bool:
             served.service.close(drain=False, timeout=10)
         say("stopped", drained=not server.cut_off)
     return not server.cut_off
+
+
+def _follow(config: ServeConfig) -> bool:
+    """What every process but the first does: the same steps, until that one ends."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    with _logging():
+        engine, _ = _load_engine(config)
+        say("following", process=jax.process_index())
+        follow(engine)
+        say("stopped", drained=True)
+    return True
 
 
 class _Http(H11Protocol):
@@ -143,18 +170,23 @@ class _Server(uvicorn.Server):
 
 
 def _load(config: ServeConfig) -> Served:
+    engine, model = _load_engine(config)
+    template, no_chat = _template(config.model, engine.tokenizer)
+    names = config.names or (config.model.resolve().name,)
+    leader = Leader() if jax.process_count() > 1 else None
+    service = Service(engine, max_waiting=config.max_waiting, leader=leader)
+    defaults = {"temperature": 1.0, **recommended_sampling(model)}
+    return Served(names, engine, service, template, no_chat, defaults, config.request_seconds, config.max_waiting)
+
+
+def _load_engine(config: ServeConfig) -> tuple[Engine, Transformer]:
     started = time.monotonic()
     mesh = None if config.mesh is None else make_mesh(MeshShape.parse(config.mesh))
     model = exaone_jax.load(config.model, dtype=config.dtype, mesh=mesh)
     loaded = time.monotonic()
-    tokenizer = _tokenizer(model)
-    template, no_chat = _template(config.model, tokenizer)
-    engine = Engine(model, config.engine, tokenizer=tokenizer)
+    engine = Engine(model, config.engine, tokenizer=_tokenizer(model))
     say("loaded", load_seconds=round(loaded - started, 2), compile_seconds=round(time.monotonic() - loaded, 2))
-    names = config.names or (config.model.resolve().name,)
-    service = Service(engine, max_waiting=config.max_waiting)
-    defaults = {"temperature": 1.0, **recommended_sampling(model)}
-    return Served(names, engine, service, template, no_chat, defaults, config.request_seconds, config.max_waiting)
+    return engine, model
 
 
 def _tokenizer(model: Transformer) -> Tokenizer | None:

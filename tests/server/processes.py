@@ -58,9 +58,9 @@ class Server:
         return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **more)
 
 
-def start(checkpoint: Path, *flags: str, code: str = _RUN, ready: bool = True) -> Server:
+def start(checkpoint: Path, *flags: str, code: str = _RUN, ready: bool = True, devices: int = 1) -> Server:
     """A server process."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if PROGRAMS:
         env |= {"JAX_COMPILATION_CACHE_DIR": PROGRAMS, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-c", code, "serve", "--model", str(checkpoint), *_SMALL, *flags]
