@@ -53,7 +53,7 @@ def resident_tokens(config: ModelConfig, length: int, memory: int, *, sequences:
         ahead=ahead,
         spare=written_ahead(drafts, FUSED_STEPS) - ahead,
         typical_length=length + PAGE,
-        itemsize=2,
+        dtype="bfloat16",
         mtp=drafts > 0,
     )
     planned = plan_pools(config, ask, memory)

@@ -674,6 +674,9 @@ def serve(
         int | None, typer.Option(help="Positions that the MTP layer looks back.", show_default=False)
     ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of a page of keys and values.")] = 32,
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8", "fp8"], typer.Option(help="Of keys and values; auto is the model's.")
+    ] = "auto",
     kv_cache_memory_bytes: Annotated[
         int | None, typer.Option(help="For keys and values; what is free if not given.", show_default=False)
     ] = None,
@@ -708,6 +711,7 @@ def serve(
         draft_tokens=draft_tokens,
         draft_window=draft_window,
         prefix_caching=enable_prefix_caching,
+        kv_dtype={"auto": None, "int8": "int8", "fp8": "float8_e4m3fn"}[kv_cache_dtype],
         kv_bytes=kv_cache_memory_bytes,
     )
     config = ServeConfig(

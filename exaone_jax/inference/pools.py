@@ -11,11 +11,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from exaone_jax.config.model import ModelConfig
 from exaone_jax.errors import ConfigError
 from exaone_jax.model.paged import Window, groups
+from pallas_kernels.paged_attention import QUANTIZED
 
 Key = bytes
 _SPARE = 2  # a pool is at most so many times what all running sequences can hold
@@ -43,7 +45,7 @@ class PoolRequest:
     max_length: positions of the longest sequence. max_sequences: how many run at once at most. rows: most rows of a
     sequence in one step (a chunk). ahead: positions that may be written beyond what is known to be settled (drafts in flight).
     typical_length: of a sequence; decides how the memory is shared between the groups. spare: positions beyond `ahead`
-    that may be written where there is room.
+    that may be written where there is room. dtype: of keys and values.
     """
 
     page_size: int
@@ -52,7 +54,7 @@ class PoolRequest:
     rows: int
     ahead: int
     typical_length: int
-    itemsize: int
+    dtype: str
     mtp: bool
     spare: int = 0
 
@@ -65,7 +67,9 @@ def plan_pools(config: ModelConfig, ask: PoolRequest, memory: int) -> tuple[Grou
 
     Raises ConfigError, with the arithmetic, where one sequence of the greatest length does not fit.
     """
-    position_bytes = 2 * config.num_kv_heads * config.head_dim * ask.itemsize
+    dtype = jnp.dtype(ask.dtype)
+    scale = 4 if dtype in QUANTIZED else 0
+    position_bytes = 2 * config.num_kv_heads * (config.head_dim * dtype.itemsize + scale)
     found = []
     for window, layers in groups(config, mtp=ask.mtp).items():
         page_bytes = layers * ask.page_size * position_bytes

@@ -107,15 +107,21 @@ class Emitted(NamedTuple):
 
 
 def init_state(
-    model: Transformer, pages: dict[Window, int], page_size: int, slots: int, drafts: int, terms: Terms
+    model: Transformer,
+    pages: dict[Window, int],
+    page_size: int,
+    slots: int,
+    drafts: int,
+    terms: Terms,
+    kv_dtype: str | None = None,
 ) -> ServingState:
-    """A state in which nothing runs. terms: any, of one slot, to be written over by `admit`."""
+    """A state in which nothing runs. terms: any, of one slot, to be written over by `admit`. kv_dtype: None: the model's."""
 
     def integers(*shape: int) -> jax.Array:
         return jnp.zeros((slots, *shape), jnp.int32)
 
     return ServingState(
-        cache=model.init_paged_cache(pages, page_size, mtp=drafts > 0),
+        cache=model.init_paged_cache(pages, page_size, mtp=drafts > 0, dtype=kv_dtype),
         lengths=integers(),
         last=integers(),
         drafts=integers(drafts),

@@ -20,6 +20,19 @@ class LayerKV(NamedTuple):
     v: jax.Array
 
 
+class PagedKV(NamedTuple):
+    """Keys and values of one stacked block, each `[R, P, K, page_size, head_dim]`, P the pages of the layers' group.
+
+    In int8 and float8_e4m3fn each position of each head has its own scale, float32 `[R, P, K, page_size]`, so that what is
+    read of it depends on nothing else.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    k_scales: jax.Array | None = None
+    v_scales: jax.Array | None = None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from exaone_jax.config.model import LayerSpec, ModelConfig, Segment
-from exaone_jax.model.cache import LayerKV, Zeros
+from exaone_jax.model.cache import PagedKV, Zeros
 from exaone_jax.model.placement import Placement
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import QUANTIZED, paged_attention
 
 PAGES_AXES = ("layers", "pages", "kv_heads", "slots", "head_dim")
 Window = int | None
@@ -22,13 +22,13 @@ Window = int | None
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedCache:
-    """layers: as KVCache has them, but each LayerKV is `[R, P, K, page_size, head_dim]`, P the pages of the layer's group.
+    """layers: as KVCache has them, in pages.
 
     mtp: the MTP layer's, where drafts are wanted: its entry p is of the hidden state of position p and the token after.
     """
 
-    layers: tuple[tuple[LayerKV, ...], ...]
-    mtp: LayerKV | None
+    layers: tuple[tuple[PagedKV, ...], ...]
+    mtp: PagedKV | None
 
 
 def groups(config: ModelConfig, *, mtp: bool) -> dict[Window, int]:
@@ -49,9 +49,12 @@ def init_paged_cache(
 ) -> PagedCache:
     """Empty pages. pages: how many each group has. zeros: makes an array of a shape and dtype, laid out by its logical axes."""
 
-    def layer(spec: LayerSpec, repeats: int) -> LayerKV:
+    def layer(spec: LayerSpec, repeats: int) -> PagedKV:
         shape = (repeats, pages[spec.window], config.num_kv_heads, page_size, config.head_dim)
-        return LayerKV(zeros(shape, dtype, PAGES_AXES), zeros(shape, dtype, PAGES_AXES))
+        k, v = (zeros(shape, dtype, PAGES_AXES) for _ in range(2))
+        if k.dtype not in QUANTIZED:
+            return PagedKV(k, v)
+        return PagedKV(k, v, *(zeros(shape[:-1], jnp.float32, PAGES_AXES[:-1]) for _ in range(2)))
 
     layers = tuple(tuple(layer(spec, segment.repeats) for spec in segment.pattern) for segment in plan)
     return PagedCache(layers, None if mtp is None else layer(mtp.pattern[0], mtp.repeats))
@@ -96,10 +99,10 @@ class Paged:
     """Attention of rows to the pages of their sequences, into which their own keys and values go first; holds the updated
     layer afterwards.
 
-    layer: LayerKV stacked `[R, P, …]`, of which `index` is this layer's.
+    layer: PagedKV stacked `[R, P, …]`, of which `index` is this layer's.
     """
 
-    layer: LayerKV
+    layer: PagedKV
     index: jax.typing.ArrayLike
     rows: Rows
     placement: Placement
@@ -110,7 +113,7 @@ class Paged:
         table = rows.tables[rows.windows.index(window)]
         where = (self.index, table, rows.starts, rows.lengths, rows.sequence, rows.positions, rows.real)
 
-        def run(layer: LayerKV, qkv: tuple[jax.Array, ...], *where: jax.Array) -> tuple[jax.Array, LayerKV]:
+        def run(layer: PagedKV, qkv: tuple[jax.Array, ...], *where: jax.Array) -> tuple[jax.Array, PagedKV]:
             return _attend(window, layer, qkv, *where)
 
         out, self.layer = self.placement.attend_paged(run, self.layer, (q, k, v), where)
@@ -119,7 +122,7 @@ class Paged:
 
 def _attend(
     window: Window,
-    layer: LayerKV,
+    layer: PagedKV,
     qkv: tuple[jax.Array, ...],
     index: jax.Array,
     table: jax.Array,
@@ -128,7 +131,7 @@ def _attend(
     sequence: jax.Array,
     positions: jax.Array,
     real: jax.Array,
-) -> tuple[jax.Array, LayerKV]:
+) -> tuple[jax.Array, PagedKV]:
     """All layers of the stack are one array of pages, so that none is copied out of it: page n of layer r is r * P + n."""
     q, k, v = (x[0] for x in qkv)
     shape = layer.k.shape
@@ -140,12 +143,37 @@ def _attend(
         page, slot = jnp.append(page, out_of_range), jnp.append(slot, 0)
 
     def written(stacked: jax.Array, new: jax.Array) -> jax.Array:
-        flat, new = stacked.reshape(-1, *shape[2:]), new.astype(stacked.dtype)
+        flat, new = stacked.reshape(-1, *stacked.shape[2:]), new.astype(stacked.dtype)
         new = jnp.concatenate([new, new]) if len(new) == 1 else new
         return flat.at[page, :, slot].set(new, mode="drop")
 
-    k_pages, v_pages = written(layer.k, k), written(layer.v, v)
+    new = PagedKV(k, v)
+    if layer.k_scales is not None:
+        (k, k_scales), (v, v_scales) = (quantized(x, layer.k.dtype) for x in (k, v))
+        new = PagedKV(k, v, k_scales, v_scales)
+    flat = jax.tree.map(written, layer, new)
     out = paged_attention(
-        q, k_pages, v_pages, (table + index * pages).astype(jnp.int32), starts, lengths, window=window
+        q,
+        flat.k,
+        flat.v,
+        (table + index * pages).astype(jnp.int32),
+        starts,
+        lengths,
+        window=window,
+        k_scales=flat.k_scales,
+        v_scales=flat.v_scales,
     )
-    return out[None], LayerKV(k_pages.reshape(shape), v_pages.reshape(shape))
+    return out[None], jax.tree.map(lambda x, like: x.reshape(like.shape), flat, layer)
+
+
+def quantized(x: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """x `[…, D]` in int8 or float8_e4m3fn, and the float32 `[…]` to multiply it by: the greatest magnitude is the dtype's.
+
+    What is not finite gives a scale that is not.
+    """
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    most = float(jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max)
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / most
+    scaled = x / jnp.where(scale == 0, 1.0, scale)[..., None]
+    return (jnp.round(scaled) if integer else scaled).astype(dtype), scale

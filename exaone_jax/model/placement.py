@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 
-from exaone_jax.model.cache import LayerKV
+from exaone_jax.model.cache import LayerKV, PagedKV
 from exaone_jax.model.linear import Axes, dot
 from pallas_kernels.attention import attention
 
@@ -20,6 +20,7 @@ ACTIVATIONS: Axes = ("batch", "sequence", "features")  # of `[B, T, D]`
 
 # (layer, index, lengths, valid, q, k, v) -> (attention's result, the layer with the new keys and values)
 CachedAttention = Callable[..., tuple[jax.Array, LayerKV]]
+PagedAttention = Callable[..., tuple[jax.Array, PagedKV]]  # (layer, (q, k, v), *where)
 
 
 class Placement(Protocol):
@@ -57,11 +58,11 @@ class Placement(Protocol):
 
     def attend_paged(
         self,
-        run: CachedAttention,
-        layer: LayerKV,
+        run: PagedAttention,
+        layer: PagedKV,
         qkv: tuple[jax.Array, jax.Array, jax.Array],
         where: tuple[jax.typing.ArrayLike, ...],
-    ) -> tuple[jax.Array, LayerKV]:
+    ) -> tuple[jax.Array, PagedKV]:
         """`run(layer, qkv, *where)`: layer `[R, P, K, page_size, head_dim]`, q `[1, N, H, head_dim]`; `where` is of all heads."""
         ...
 
@@ -121,11 +122,11 @@ class OneDevice:
 
     def attend_paged(
         self,
-        run: CachedAttention,
-        layer: LayerKV,
+        run: PagedAttention,
+        layer: PagedKV,
         qkv: tuple[jax.Array, jax.Array, jax.Array],
         where: tuple[jax.typing.ArrayLike, ...],
-    ) -> tuple[jax.Array, LayerKV]:
+    ) -> tuple[jax.Array, PagedKV]:
         return run(layer, qkv, *where)
 
     def per_token(

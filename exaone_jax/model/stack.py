@@ -5,7 +5,7 @@ A segment that stands once is run directly: its leading axis of one is dropped w
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from exaone_jax.model.attention import Cached, Packed
 from exaone_jax.model.block import Block
-from exaone_jax.model.cache import LayerKV
+from exaone_jax.model.cache import LayerKV, PagedKV
 from exaone_jax.model.linear import PRODUCT
 from exaone_jax.model.moe import RouterStats
 from exaone_jax.model.paged import Paged
@@ -24,7 +24,8 @@ from exaone_jax.model.rope import Rotation
 Remat = Literal["full", "dots", "offload"] | None
 _BLOCK_INPUT = "block_input"
 SegmentStats = tuple[RouterStats | None, ...]
-Look = Callable[[LayerKV, jax.typing.ArrayLike], Cached | Paged]
+KV = TypeVar("KV", LayerKV, PagedKV)
+Look = Callable[[KV, jax.typing.ArrayLike], Cached | Paged]
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -78,10 +79,10 @@ def step(
     x: jax.Array,
     rotation: Rotation,
     real: jax.Array,
-    caches: Sequence[LayerKV],
-    look: Look,
+    caches: Sequence[KV],
+    look: Look[KV],
     placement: Placement,
-) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+) -> tuple[jax.Array, tuple[KV, ...]]:
     """x `[B, C, D]` through a segment with its caches, which ride along so that the loop updates them in place.
 
     look: (a stack's cache, which layer of the stack) -> the attention of that layer.
@@ -89,14 +90,14 @@ def step(
     graphdef, params = nnx.split(blocks)
 
     def body(
-        carry: tuple[jax.Array, tuple[LayerKV, ...]], xs: tuple[nnx.State, jax.typing.ArrayLike]
-    ) -> tuple[tuple[jax.Array, tuple[LayerKV, ...]], None]:
+        carry: tuple[jax.Array, tuple[KV, ...]], xs: tuple[nnx.State, jax.typing.ArrayLike]
+    ) -> tuple[tuple[jax.Array, tuple[KV, ...]], None]:
         (x, caches), (params, index) = carry, xs
         updated = []
         for block, layer in zip(nnx.merge(graphdef, params), caches, strict=True):
             attend = look(layer, index)
             x, _ = block(x, rotation, attend, real, placement)
-            updated.append(attend.layer)
+            updated.append(cast(KV, attend.layer))
         return (x, tuple(updated)), None
 
     carry = (x, tuple(caches))

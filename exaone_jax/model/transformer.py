@@ -15,13 +15,13 @@ from exaone_jax.errors import InputError
 from exaone_jax.model import stack
 from exaone_jax.model.attention import Cached
 from exaone_jax.model.block import Block
-from exaone_jax.model.cache import KVCache, LayerKV, init_cache
+from exaone_jax.model.cache import KVCache, LayerKV, PagedKV, init_cache
 from exaone_jax.model.linear import Linear, ParamFactory, dot
 from exaone_jax.model.norm import RMSNorm
 from exaone_jax.model.paged import Paged, PagedCache, Rows, Window, init_paged_cache
 from exaone_jax.model.placement import ONE_DEVICE, Placement
 from exaone_jax.model.rope import Rotation, inverse_frequencies, rotation
-from exaone_jax.model.stack import Look, Remat, SegmentStats
+from exaone_jax.model.stack import KV, Look, Remat, SegmentStats
 
 
 class ForwardOutput(NamedTuple):
@@ -177,10 +177,15 @@ class Transformer(nnx.Module):
         hidden, layers = self._step(tokens, positions, real, cache.layers, look)
         return hidden, KVCache(layers, cache.lengths + valid)
 
-    def init_paged_cache(self, pages: dict[Window, int], page_size: int, *, mtp: bool) -> PagedCache:
-        """Empty pages for `ragged_step`, and with `mtp` for `mtp_ragged_step`: pages for each window that layers have."""
-        own = self._mtp_plan if mtp else None
-        return init_paged_cache(self.config, self.plan, own, pages, page_size, self.dtype, self.placement.zeros)
+    def init_paged_cache(
+        self, pages: dict[Window, int], page_size: int, *, mtp: bool, dtype: jax.typing.DTypeLike | None = None
+    ) -> PagedCache:
+        """Empty pages for `ragged_step`, and with `mtp` for `mtp_ragged_step`: pages for each window that layers have.
+
+        dtype: int8, float8_e4m3fn, or None: the model's.
+        """
+        own, dtype = self._mtp_plan if mtp else None, self.dtype if dtype is None else dtype
+        return init_paged_cache(self.config, self.plan, own, pages, page_size, dtype, self.placement.zeros)
 
     def ragged_step(self, tokens: jax.Array, cache: PagedCache, rows: Rows) -> tuple[jax.Array, PagedCache]:
         """As `step` for tokens int32 `[N]` of many sequences on one axis: chunks, single tokens and drafts to verify.
@@ -197,9 +202,9 @@ class Transformer(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array,
         real: jax.Array,
-        layers: Sequence[Sequence[LayerKV]],
-        look: Look,
-    ) -> tuple[jax.Array, tuple[tuple[LayerKV, ...], ...]]:
+        layers: Sequence[Sequence[KV]],
+        look: Look[KV],
+    ) -> tuple[jax.Array, tuple[tuple[KV, ...], ...]]:
         x, rotation = self._embed(tokens), self._rotation(positions)
         updated = []
         for blocks, caches in zip(self.segments, layers, strict=True):
@@ -259,18 +264,18 @@ class Transformer(nnx.Module):
         next_tokens: jax.Array,
         positions: jax.Array,
         real: jax.Array,
-        layer: LayerKV,
-        look: Look,
-    ) -> tuple[jax.Array, LayerKV]:
+        layer: KV,
+        look: Look[KV],
+    ) -> tuple[jax.Array, KV]:
         x = self.mtp.combine(hidden, self._embed(next_tokens))
         blocks = nnx.List([self.mtp.block])
         x, (layer,) = stack.step(blocks, x, self._rotation(positions), real, [layer], look, self.placement)
         return self.mtp.norm(x), layer
 
-    def _look_cached(self, lengths: jax.Array, valid: jax.Array) -> Look:
+    def _look_cached(self, lengths: jax.Array, valid: jax.Array) -> Look[LayerKV]:
         return lambda layer, index: Cached(layer, index, lengths, valid, self.placement)
 
-    def _look_paged(self, rows: Rows) -> Look:
+    def _look_paged(self, rows: Rows) -> Look[PagedKV]:
         return lambda layer, index: Paged(layer, index, rows, self.placement)
 
     @property

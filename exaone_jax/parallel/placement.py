@@ -15,11 +15,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from exaone_jax.config.model import ModelConfig
 from exaone_jax.errors import ConfigError
 from exaone_jax.model import Transformer
-from exaone_jax.model.cache import CACHE_AXES, LayerKV
+from exaone_jax.model.cache import CACHE_AXES, LayerKV, PagedKV
 from exaone_jax.model.linear import Axes, dot, dot_rounding_parts
 from exaone_jax.model.moe import Experts, ExpertWeights, Routing
 from exaone_jax.model.paged import PAGES_AXES
-from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE, CachedAttention, T
+from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE, CachedAttention, PagedAttention, T
 from exaone_jax.parallel.context import context_attention
 from exaone_jax.parallel.exchange import Layout, exchange
 from exaone_jax.parallel.gather import Parts, gathered, summed
@@ -107,15 +107,14 @@ class MeshPlacement:
 
     def attend_paged(
         self,
-        run: CachedAttention,
-        layer: LayerKV,
+        run: PagedAttention,
+        layer: PagedKV,
         qkv: tuple[jax.Array, jax.Array, jax.Array],
         where: tuple[jax.typing.ArrayLike, ...],
-    ) -> tuple[jax.Array, LayerKV]:
+    ) -> tuple[jax.Array, PagedKV]:
         """Every device has its heads of every page, and the whole table."""
         queries, keys = self.spec(qkv[0].shape, _PAGED_HEADS), self.spec(qkv[1].shape, _PAGED_KV_HEADS)
-        pages = self.spec(layer.k.shape, PAGES_AXES)
-        layers = LayerKV(*cast(Any, (pages, pages)))
+        layers = jax.tree.map(lambda x: self.spec(x.shape, PAGES_AXES[: x.ndim]), layer)
         specs = (layers, (queries, keys, keys), *(PartitionSpec(),) * len(where))
         return self._map(run, specs, (queries, layers))(layer, qkv, *map(jnp.asarray, where))
 

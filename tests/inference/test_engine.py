@@ -279,6 +279,15 @@ def test_a_shorter_look_back_drafts_and_changes_nothing():
     assert sum(engine.stats.accepted) > 0.1 * engine.stats.drafted[0]
 
 
+def test_pages_in_8_bits_keep_what_a_seed_says():
+    """The same alone, in company, with drafts, and put off; but for values on the edge of two steps, of which few decide."""
+    plain, drafting = (engine_of("k-exaone", drafts, 26_000, kv_dtype="int8") for drafts in (0, 2))
+    alone = [tokens_of(plain, [row], [params])[0] for row, params in zip(PROMPTS[:8], PARAMS[:8], strict=True)]
+    assert tokens_of(drafting, PROMPTS, PARAMS)[:8] == alone
+    assert drafting.stats.preemptions > 0
+    check_empty(drafting)
+
+
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_random_arrivals_and_departures(drafts: int):
     """Requests come and are cancelled between any two steps, in memory that is too small for three: all others are right,

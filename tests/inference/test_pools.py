@@ -1,5 +1,7 @@
 """Pages: planned from memory, held, shared, remembered, and what a hybrid model saves."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from tests.inference.small_models import K_EXAONE, K_EXAONE_2
 
 PAGE = 4
 ASK = PoolRequest(
-    page_size=PAGE, max_length=64, max_sequences=4, rows=16, ahead=2, typical_length=32, itemsize=4, mtp=True
+    page_size=PAGE, max_length=64, max_sequences=4, rows=16, ahead=2, typical_length=32, dtype="float32", mtp=True
 )
 LAYER_PAGE = 2 * 2 * 8 * 4 * PAGE  # bytes: keys and values, 2 heads of 8, float32
 
@@ -40,6 +42,19 @@ def test_groups_run_out_together():
     sequences_window = 1 + (window.pages - window.table_width) / window_pages
     assert sequences_window == pytest.approx(sequences_full, abs=1)
     assert sequences_full < 8
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_8_bits_hold_almost_twice_as_much(dtype: str):
+    config = read_config(published("K-EXAONE-236B-A23B"))
+    wide, narrow = (
+        sum(
+            group.pages
+            for group in plan_pools(config, dataclasses.replace(ASK, dtype=name, max_sequences=10**5), 2**30)
+        )
+        for name in ("bfloat16", dtype)
+    )
+    assert narrow == pytest.approx(wide * 2 * 128 / (128 + 4), rel=0.01)
 
 
 def test_too_little_memory_is_refused_with_the_arithmetic():

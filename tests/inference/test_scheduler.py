@@ -26,7 +26,7 @@ class Simulation:
             ahead=written_ahead(drafts),
             spare=written_ahead(drafts, fused) - written_ahead(drafts),
             typical_length=LENGTH // 2,
-            itemsize=4,
+            dtype="float32",
             mtp=drafts > 0,
         )
         planned = plan_pools(config, ask, memory)

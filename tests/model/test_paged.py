@@ -1,5 +1,7 @@
 """The ragged step: many sequences on one token axis, in any pieces, say what each says alone over the whole sequence."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from flax import nnx
 
 from exaone_jax.model import Rows, Transformer
-from exaone_jax.model.paged import groups
+from exaone_jax.model.paged import groups, quantized
+from exaone_jax.model.placement import OneDevice
 from exaone_jax.model.relayout import with_layers
 from exaone_jax.parallel import MeshShape, make_mesh
 from exaone_jax.parallel.placement import place
@@ -29,13 +32,16 @@ def tables_of(model: Transformer, count: int, *, narrow: bool) -> tuple[jax.Arra
     return tuple(tables)
 
 
-def run(model: Transformer, pieces: list[list[int]], *, narrow: bool = False, mtp: bool = False) -> list[np.ndarray]:
+def run(
+    model: Transformer, pieces: list[list[int]], *, narrow: bool = False, mtp: bool = False, dtype: str | None = None
+) -> list[np.ndarray]:
     """Logits `[T, V]` of every prompt, whose tokens go in by pieces[step][sequence]; those of the MTP layer with `mtp`."""
     windows = tuple(groups(model.config, mtp=True))
     tables = tables_of(model, len(PROMPTS), narrow=narrow)
     graphdef, weights = nnx.split(model)
-    cache = model.init_paged_cache(dict.fromkeys(windows, PAGES), PAGE, mtp=True)
-    cache = jax.tree.map(lambda x: x + jnp.nan, cache)  # what nobody wrote is never looked at
+    cache = model.init_paged_cache(dict.fromkeys(windows, PAGES), PAGE, mtp=True, dtype=dtype)
+    # What nobody wrote is never looked at.
+    cache = jax.tree.map(lambda x: jnp.full_like(x, 127 if x.dtype == jnp.int8 else jnp.nan), cache)
 
     @jax.jit
     def step(weights, tokens, following, cache, starts, first):
@@ -114,6 +120,52 @@ def test_a_mesh_has_its_heads_of_every_page():
     nnx.update(model, nnx.state(alone))
     for found, row in zip(run(model, MIXED), expected(alone), strict=True):
         np.testing.assert_allclose(found, row, **CLOSE)
+    narrow = (np.concatenate(run(each, MIXED, dtype="int8")) for each in (model, alone))
+    assert np.isclose(*narrow, **CLOSE).all(axis=1).mean() > 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding(OneDevice):
+    """Attention over whole rows whose keys and values are rounded to 8 bits first."""
+
+    dtype: str
+
+    def attend(self, q, k, v, segment_ids, window):
+        (k, k_scale), (v, v_scale) = (quantized(x, self.dtype) for x in (k, v))
+        k, v = k.astype(jnp.float32) * k_scale[..., None], v.astype(jnp.float32) * v_scale[..., None]
+        return super().attend(q, k, v, segment_ids, window)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", ["k-exaone", "4.5"])
+def test_pages_in_8_bits_round_keys_and_values_and_nothing_else(name: str, dtype: str):
+    model = make(WITH_MTP[name])
+    rounding = Transformer(model.config, dtype=jnp.float32, rngs=nnx.Rngs(0), placement=Rounding(dtype))
+    nnx.update(rounding, nnx.state(model))
+    found, rounded, exact = (
+        np.concatenate(rows)
+        for rows in (run(model, MIXED, narrow=True, dtype=dtype), expected(rounding), expected(model))
+    )
+    assert 1e-3 < np.median(np.abs(found - exact)) < 0.1
+    # What lies on the edge of two steps falls to either side, and later rows look at it.
+    same = np.isclose(found, rounded, **CLOSE).all(axis=1)
+    assert same.mean() > 0.8, same
+
+
+@pytest.mark.parametrize(("dtype", "most", "half_step"), [("int8", 127, 1 / 254), ("float8_e4m3fn", 448, 1 / 16)])
+def test_rounding_to_8_bits(dtype: str, most: int, half_step: float):
+    """Half a step of the greatest magnitude; of every magnitude in floating point; zeros and what is not finite stay."""
+    x = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32) * 10.0 ** np.arange(-25, 25)[:, None]
+    small, scale = (np.asarray(a, np.float32) for a in quantized(jnp.asarray(x), dtype))
+    error = np.abs(small * scale[:, None] - x)
+    step = np.abs(x).max(axis=1, keepdims=True) if dtype == "int8" else np.maximum(np.abs(x), 2.0**-6 * scale[:, None])
+    assert (error <= 1.001 * half_step * step).all()
+    assert (np.abs(small).max(axis=1) == most).all()
+    odd = jnp.asarray([[0.0, 0.0], [1.0, jnp.nan], [jnp.inf, 1.0]])
+    small, scale = quantized(odd, dtype)
+    back = np.asarray(small.astype(jnp.float32) * scale[:, None])
+    assert (back[0] == 0).all()
+    assert not np.isfinite(back[1:]).all(axis=1).any()
 
 
 def test_groups():
