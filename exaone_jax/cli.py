@@ -686,6 +686,9 @@ def serve(
     request_timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds until a request is ended.", show_default=False)
     ] = None,
+    step_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds of one step on the device; after that the engine is given up.")
+    ] = 300.0,
     shutdown_timeout: Annotated[int, typer.Option(min=0, help="Seconds for open requests after SIGTERM.")] = 30,
     api_key_file: Annotated[
         Path | None, typer.Option(help="Let in who has one of these keys, one a line.", show_default=False)
@@ -697,7 +700,7 @@ def serve(
 
     On several hosts start it on each, with the same options and --mesh; the first process listens.
 
-    Exit codes: 0 every open request could end; 1 some were cut off; 3 the port cannot be had.
+    Exit codes: 0 every open request could end; 1 some were cut off, or the engine was stuck; 3 the port cannot be had.
     """
     _need_serve()
     from exaone_jax.server.serve import ServeConfig, engine_config
@@ -729,6 +732,7 @@ def serve(
         max_waiting=max_num_queued_reqs,
         max_body_bytes=max_body_bytes,
         request_seconds=request_timeout,
+        step_seconds=step_timeout,
         shutdown_seconds=shutdown_timeout,
     )
     if not run(config):

@@ -2,7 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
+import logging
+import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -11,7 +15,11 @@ from exaone_jax.inference.lockstep import Leader
 from exaone_jax.inference.sampling import SamplingParams
 from exaone_jax.inference.scheduler import Request
 
+log = logging.getLogger(__name__)
+
 OnUpdate = Callable[[Update | Exception], None]
+
+_LOOKS = 8  # of the watchdog, in the time that a step may take
 
 
 class OverloadedError(RuntimeError):
@@ -22,6 +30,10 @@ class EngineDiedError(RuntimeError):
     """The engine's thread has ended: nothing is served any more."""
 
 
+class EngineStuckError(EngineDiedError):
+    """A step of the engine has not come back in time: nothing is served any more."""
+
+
 class Service:
     """Runs an engine. Everything here may be called from any thread.
 
@@ -29,9 +41,18 @@ class Service:
         engine: which nobody else steps.
         max_waiting: requests that may wait for a place; more are refused.
         leader: of the other processes that run the same steps; None: there are none.
+        step_seconds: a step that has not come back after that (and an eighth) is given up, with all requests; None: never.
+            Time in which the process is stopped does not count.
     """
 
-    def __init__(self, engine: Engine, *, max_waiting: int = 256, leader: Leader | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_waiting: int = 256,
+        leader: Leader | None = None,
+        step_seconds: float | None = None,
+    ):
         self._engine, self._max_waiting, self._leader = engine, max_waiting, leader
         self._wake = threading.Condition()
         self._arrived: deque[tuple[Request, OnUpdate]] = deque()
@@ -39,12 +60,23 @@ class Service:
         self._listeners: dict[int, OnUpdate] = {}
         self._closing = self._draining = False
         self._error: BaseException | None = None
+        self._stuck = ""  # why the engine was given up
+        self._step: int | None = None  # the number of the one that runs
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        if step_seconds is not None:
+            threading.Thread(target=self._watch, args=(step_seconds,), name="engine watchdog", daemon=True).start()
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        """Whether requests are served: the engine's thread runs, and none of its steps was given up."""
+        return self._thread.is_alive() and not self._stuck
+
+    @property
+    def stuck(self) -> str:
+        """Why the engine was given up, if it was; its thread may hang for ever."""
+        return self._stuck
 
     def submit(
         self, prompt: str | Sequence[int], params: SamplingParams, on_update: OnUpdate, *, cache_salt: str = ""
@@ -57,7 +89,7 @@ class Service:
         request = self._engine.prepare(prompt, params, cache_salt=cache_salt)
         with self._wake:
             if self._closing or self._draining or not self.alive:
-                raise EngineDiedError("the engine takes no more requests") from self._error
+                raise self._end("the engine takes no more requests") from self._error
             waiting = len(self._arrived) + len(self._engine.scheduler.waiting)
             if waiting >= self._max_waiting:
                 raise OverloadedError(f"{waiting} requests wait already, and at most {self._max_waiting} may")
@@ -100,22 +132,46 @@ class Service:
         with self._wake:
             self._draining, self._closing = True, not drain
             self._wake.notify()
-        self._thread.join(timeout)
+        self._thread.join(0 if self._stuck else timeout)
 
     def _run(self) -> None:
         try:
-            while self._take():
+            for step in itertools.count():
+                if not self._take():
+                    break
+                self._step = step
                 for update in self._engine.step():
                     self._tell(update)
+                self._step = None
             if self._leader is not None:
                 self._leader.end()
         except BaseException as error:
             self._error = error
             raise
         finally:
+            self._ended.set()
             self._hang_up()
             if self._leader is not None:
                 self._leader.close()
+
+    def _watch(self, seconds: float) -> None:
+        """Give the engine up when it is seen at one step for so long. Looks are counted and not seconds: a process that was
+        stopped for a while is not stuck."""
+        step, looks = None, 0
+        while not self._ended.wait(seconds / _LOOKS):
+            now = self._step
+            looks = looks + 1 if now is not None and now == step else 0
+            step = now
+            if looks == _LOOKS:
+                self._stuck = f"a step of the engine has not ended within {seconds:g} s"
+                log.error("the engine is stuck", extra={"fields": {"reason": self._stuck, "stack": self._stack()}})
+                self._hang_up()
+                return
+
+    def _stack(self) -> str:
+        """Where the engine's thread is."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "" if frame is None else "".join(traceback.format_stack(frame))
 
     def _take(self) -> bool:
         """Wait for work and hand it to the engine; False when there will be none any more."""
@@ -139,7 +195,10 @@ class Service:
 
     def _tell(self, update: Update) -> None:
         ended = update.finish_reason is not None
-        listener = self._listeners.pop(update.request) if ended else self._listeners[update.request]
+        with self._wake:
+            if self._stuck:
+                return  # it came back after all, and all who listened were told that it would not
+            listener = self._listeners.pop(update.request) if ended else self._listeners[update.request]
         listener(update)
 
     def _hang_up(self) -> None:
@@ -150,4 +209,7 @@ class Service:
             self._listeners.clear()
             self._arrived.clear()
         for listener in left:
-            listener(EngineDiedError("the engine has ended"))
+            listener(self._end("the engine has ended"))
+
+    def _end(self, otherwise: str) -> EngineDiedError:
+        return EngineStuckError(self._stuck) if self._stuck else EngineDiedError(otherwise)

@@ -127,8 +127,9 @@ def _about(served: Served) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
-        alive = served.service.alive
-        return JSONResponse({"status": "ok" if alive else "the engine has ended"}, 200 if alive else 503)
+        if served.service.alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": served.service.stuck or "the engine has ended"}, 503)
 
     @router.get("/metrics")
     async def metrics() -> Response:

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from exaone_jax.errors import InputError
-from exaone_jax.inference.service import EngineDiedError, OverloadedError
+from exaone_jax.inference.service import EngineDiedError, EngineStuckError, OverloadedError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 503: "overloaded_error", 504: "timeout_error"}
 _RETRY_AFTER = "1"  # seconds: a place is free as soon as any request ends
@@ -62,6 +62,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error), param=named and (named[3] or named[1] + named[2]))
     if isinstance(error, OverloadedError):
         return ApiError(503, str(error), code="queue_full", headers={"Retry-After": _RETRY_AFTER})
+    if isinstance(error, EngineStuckError):
+        return ApiError(503, str(error), code="engine_stuck")
     if isinstance(error, EngineDiedError):
         return ApiError(503, "the engine has ended", code="engine_dead")
     if isinstance(error, TimeoutError):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import time
@@ -40,7 +41,8 @@ class ServeConfig:
     host, port: port 0 takes a free one. names: of the model in requests; the directory's name if empty. api_key_file: a key a
     line. hosts: how the processes of several hosts find each other, the first of which listens; None: there is one.
     max_waiting: requests that may wait for a place, more are refused. request_seconds: a request's deadline.
-    shutdown_seconds: how long open requests may go on after SIGTERM.
+    step_seconds: of one step on the device; after that the engine is given up. shutdown_seconds: how long open requests may
+    go on after SIGTERM.
     """
 
     model: Path
@@ -57,6 +59,7 @@ class ServeConfig:
     max_waiting: int = 256
     max_body_bytes: int = MAX_BODY_BYTES
     request_seconds: float | None = None
+    step_seconds: float = 300.0
     shutdown_seconds: int = 30
 
 
@@ -108,8 +111,11 @@ def serve(config: ServeConfig) -> bool:
             server.run(sockets=[listener])
         finally:
             served.service.close(drain=False, timeout=10)
-        say("stopped", drained=not server.cut_off)
-    return not server.cut_off
+        drained = not (server.cut_off or served.service.stuck)
+        say("stopped", drained=drained)
+        if served.service.stuck:
+            os._exit(1)  # the end of the interpreter would wait for what the device never finishes
+    return drained
 
 
 def _follow(config: ServeConfig) -> bool:
@@ -174,7 +180,7 @@ def _load(config: ServeConfig) -> Served:
     template, no_chat = _template(config.model, engine.tokenizer)
     names = config.names or (config.model.resolve().name,)
     leader = Leader() if jax.process_count() > 1 else None
-    service = Service(engine, max_waiting=config.max_waiting, leader=leader)
+    service = Service(engine, max_waiting=config.max_waiting, leader=leader, step_seconds=config.step_seconds)
     defaults = {"temperature": 1.0, **recommended_sampling(model)}
     return Served(names, engine, service, template, no_chat, defaults, config.request_seconds, config.max_waiting)
 
@@ -250,10 +256,11 @@ def _url(listener: socket.socket, tls: bool) -> str:
 
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
-    """JSON lines on stderr, of this server and of uvicorn."""
+    """JSON lines on stderr, of this server, its engine and uvicorn."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    loggers = {log: logging.INFO, logging.getLogger("uvicorn"): logging.WARNING}
+    others = [logging.getLogger(name) for name in ("exaone_jax.inference", "uvicorn")]
+    loggers = {log: logging.INFO, **dict.fromkeys(others, logging.WARNING)}
     for each, level in loggers.items():
         each.addHandler(handler)
         each.setLevel(level)

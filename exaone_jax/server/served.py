@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from exaone_jax.errors import InputError
 from exaone_jax.inference.engine import Engine, Update
 from exaone_jax.inference.sampling import SamplingParams, sampling_params
-from exaone_jax.inference.service import EngineDiedError, OnUpdate, OverloadedError, Service
+from exaone_jax.inference.service import OnUpdate, OverloadedError, Service
 from exaone_jax.server.errors import ApiError, refused
 from exaone_jax.server.metrics import Metrics
 from exaone_jax.server.protocol import Generation
@@ -195,7 +195,7 @@ class Job:
         while self._open:
             index, update = await self._updates.get()
             if isinstance(update, Exception):
-                raise EngineDiedError("the engine has ended") from update
+                raise update
             self._count(index, update)
             if update.finish_reason == "error":
                 raise ApiError(500, update.error, code="generation_failed")

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from functools import cache
 
@@ -12,7 +13,7 @@ from exaone_jax.errors import InputError
 from exaone_jax.inference import engine as engine_module
 from exaone_jax.inference.engine import Engine, EngineConfig, Update
 from exaone_jax.inference.sampling import SamplingParams
-from exaone_jax.inference.service import EngineDiedError, OverloadedError, Service
+from exaone_jax.inference.service import EngineDiedError, EngineStuckError, OverloadedError, Service
 from exaone_jax.inference.text import complete
 from exaone_jax.model import Transformer
 from exaone_jax.text import Tokenizer, train_bpe
@@ -55,10 +56,7 @@ def service() -> Iterator[Service]:
     yield service
     service.close(drain=False, timeout=60)
     assert not service.alive
-    for request in list(engine()._requests):
-        engine().cancel(request)
-    while engine().busy:
-        engine().step()
+    _end_all()
 
 
 def long(n: int = 200, **more) -> SamplingParams:
@@ -151,3 +149,74 @@ def test_the_death_of_the_engine_is_heard(service: Service, monkeypatch: pytest.
     with pytest.raises(EngineDiedError) as caught:
         service.submit(prompt(), long(), print)
     assert str(caught.value.__cause__) == "out of memory"
+
+
+def test_a_step_that_does_not_come_back_is_given_up(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """All hear so, those that wait in the queue too; when it comes back after all, nobody hears of it and the thread ends."""
+    service = Service(engine(), step_seconds=0.4)
+    entered, release = threading.Event(), threading.Event()
+    step = engine().step
+
+    def hang_here() -> list[Update]:
+        entered.set()
+        assert release.wait(60)
+        return step()
+
+    monkeypatch.setattr(engine(), "step", hang_here)
+    heard: list[list[Update | Exception]] = [[], []]
+
+    def listener(index: int):
+        def listen(update: Update | Exception) -> None:
+            heard[index].append(update)
+            if isinstance(update, Exception) and index == 1:
+                ended.set()
+
+        return listen
+
+    ended = threading.Event()
+    service.submit(prompt(), long(), listener(0))
+    assert entered.wait(60)
+    assert service.alive
+    service.submit(prompt(), long(), listener(1))
+    assert ended.wait(60)
+    for each in heard:
+        assert [type(update) for update in each] == [EngineStuckError]
+        assert "has not ended within 0.4 s" in str(each[0])
+    assert not service.alive and service.stuck
+    with pytest.raises(EngineStuckError, match="has not ended"):
+        service.submit(prompt(), long(), print)
+    assert "hang_here" in caplog.records[-1].fields["stack"]  # type: ignore[attr-defined]
+    service.close(drain=False, timeout=60)  # does not wait for it
+    assert service._thread.is_alive()
+    release.set()
+    service._thread.join(60)
+    assert not service._thread.is_alive()
+    assert [len(each) for each in heard] == [1, 1]
+    _end_all()
+
+
+def test_slow_steps_and_idle_times_are_not_taken_for_stuck(monkeypatch: pytest.MonkeyPatch):
+    service = Service(engine(), step_seconds=0.6)
+    step = engine().step
+
+    def slow() -> list[Update]:
+        time.sleep(0.3)
+        return step()
+
+    monkeypatch.setattr(engine(), "step", slow)
+
+    async def main() -> None:
+        for _ in range(2):
+            await asyncio.sleep(1.0)  # longer than a step may take
+            assert (await text_of(service, long(6)))[1] == "length"
+
+    asyncio.run(main())
+    assert service.alive
+    service.close(drain=False, timeout=60)
+
+
+def _end_all() -> None:
+    for request in list(engine()._requests):
+        engine().cancel(request)
+    while engine().busy:
+        engine().step()

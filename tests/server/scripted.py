@@ -31,7 +31,7 @@ class ScriptedEngine:
 class ScriptedService:
     """Says `texts`, one a request and over again, each cut into updates of so many tokens; then that it stopped."""
 
-    alive = True
+    alive, stuck = True, ""
 
     def __init__(self, texts: Sequence[str], tokens_per_update: int = 1):
         self._texts, self._cut = itertools.cycle(texts), tokens_per_update

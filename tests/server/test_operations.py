@@ -249,6 +249,52 @@ def test_health_tells_of_the_engines_death(checkpoint: Path, tmp_path: Path):
         assert figure(server, "vllm:num_requests_running") >= 0, "/metrics still answers"
 
 
+HANGING = """
+import pathlib, sys, time
+from exaone_jax.cli import main
+from exaone_jax.inference import engine
+read = engine._read
+def hanging(flight):
+    while pathlib.Path(sys.argv[-1]).exists():
+        time.sleep(60)
+    return read(flight)
+engine._read = hanging
+sys.exit(main(sys.argv[1:-1]))
+"""
+
+
+def test_a_device_that_hangs_is_given_up(checkpoint: Path, tmp_path: Path):
+    """Within the time that a step may take and an eighth: open requests, streams and new ones hear so, /health is 503, and
+    SIGTERM ends the process though a thread of it hangs."""
+    poison = tmp_path / "hang"
+    flags = ("--draft-tokens", "2", "--step-timeout", "4", str(poison))
+    with serving(checkpoint, *flags, code=HANGING) as server, server.client() as http:
+        body = LONG | {"max_tokens": 4000}
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(http.post, "/v1/completions", json=body)
+            with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
+                lines = (line for line in reply.iter_lines() if line)
+                next(lines)
+                poison.touch()
+                hung = time.monotonic()
+                assert http.get("/health").status_code == 200
+                rest = list(lines)
+            assert 3 < time.monotonic() - hung < 8
+        error = json.loads(rest[-2].removeprefix("data: "))["error"]
+        assert error["code"] == "engine_stuck" and "within 4 s" in error["message"]
+        assert rest[-1] == "data: [DONE]"
+        assert whole.result().status_code == 503
+        assert whole.result().json()["error"]["code"] == "engine_stuck"
+        health = http.get("/health")
+        assert health.status_code == 503 and "within 4 s" in health.json()["status"]
+        assert http.post("/v1/completions", json={"prompt": "x"}).json()["error"]["code"] == "engine_stuck"
+        assert figure(server, "vllm:num_requests_running") >= 0, "/metrics still answers"
+        assert "hanging" in server.logged("the engine is stuck")["stack"]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 1
+        assert server.logged("stopped")["drained"] is False
+
+
 def end_of(server: Server) -> tuple[int, str]:
     code = server.process.wait(120)
     if server._reader is not None:
