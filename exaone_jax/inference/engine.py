@@ -445,8 +445,9 @@ def _drawn_logprobs(
 
 def _logprobs(scores: Scores, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
     """Of the tokens, whose scores these are, and `count` best ones."""
-    found = (x.tolist() for x in (scores.own, scores.best_ids[:, :count], scores.best[:, :count]))
-    return [TokenLogprobs(t, own, list(zip(*top, strict=True))) for t, own, *top in zip(tokens, *found, strict=True)]
+    found = (x.tolist() for x in (scores.own, scores.rank, scores.best_ids[:, :count], scores.best[:, :count]))
+    told = zip(tokens, *found, strict=True)
+    return [TokenLogprobs(token, own, rank, list(zip(*top, strict=True))) for token, own, rank, *top in told]
 
 
 def _take_prompt_scores(entry: Entry, scores: Scores, row: int) -> None:

@@ -21,10 +21,14 @@ class NoRoomError(Exception):
 
 
 class TokenLogprobs(NamedTuple):
-    """A token's log-probability under the model's own distribution, and the best tokens' (id, log-probability), best first."""
+    """A token's log-probability under the model's own distribution, and the best tokens' (id, log-probability), best first.
+
+    rank: how many tokens are as likely or likelier, itself included: 1 for the likeliest.
+    """
 
     token: int
     logprob: float
+    rank: int
     top: list[tuple[int, float]]
 
 

@@ -84,9 +84,11 @@ class Batch(NamedTuple, Generic[Array]):
 
 class Scores(NamedTuple):
     """Log-probabilities under the model's own distribution: float32 `[…]` of a token, float32 `[…, n]` of the best ones with
-    their ids int32 `[…, n]`. Zeros where nobody wants them."""
+    their ids int32 `[…, n]`. rank: int32 `[…]`, how many tokens are as likely as the token or likelier, itself included.
+    Zeros where nobody wants them."""
 
     own: jax.Array
+    rank: jax.Array
     best: jax.Array
     best_ids: jax.Array
 
@@ -280,14 +282,16 @@ def _score_if(wanted: jax.Array, logits: jax.Array, tokens: jax.Array) -> Scores
         best, ids = jax.lax.top_k(logits, _best(logits))
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
-        return Scores((own - total)[..., 0], best - total, ids)
+        rank = jnp.sum(logits >= own, axis=-1, dtype=jnp.int32)
+        return Scores((own - total)[..., 0], rank, best - total, ids)
 
     return jax.lax.cond(wanted, score, lambda *_: _no_scores(logits, tokens.shape), logits, tokens)
 
 
 def _no_scores(logits: jax.Array | jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Scores:
     best = (*shape, _best(logits))
-    return Scores(jnp.zeros(shape, logits.dtype), jnp.zeros(best, logits.dtype), jnp.zeros(best, jnp.int32))
+    own, ids = jnp.zeros(shape, logits.dtype), jnp.zeros(best, jnp.int32)
+    return Scores(own, jnp.zeros(shape, jnp.int32), jnp.zeros(best, logits.dtype), ids)
 
 
 def _best(logits: jax.Array | jax.ShapeDtypeStruct) -> int:

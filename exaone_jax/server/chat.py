@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from exaone_jax.inference.engine import Update
+from exaone_jax.inference.scheduler import TokenLogprobs
 from exaone_jax.server.errors import refused
 from exaone_jax.server.protocol import ChatRequest, ChatTemplateKwargs, Tool
 from exaone_jax.server.served import Ask, Job, Served, token_text
@@ -281,15 +282,14 @@ def prompt_logprobs(tokenizer: Tokenizer, updates: Sequence[Update]) -> list[Any
     if told is None:
         return None
 
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        return {"logprob": logprob, "decoded_token": token_text(tokenizer, token)}
+    def entries(each: TokenLogprobs) -> dict[str, Any]:
+        best = [(token, logprob, rank) for rank, (token, logprob) in enumerate(each.top, 1)]
+        return {
+            str(token): {"logprob": logprob, "rank": rank, "decoded_token": token_text(tokenizer, token)}
+            for token, logprob, rank in [(each.token, each.logprob, each.rank), *best]
+        }
 
-    return [
-        None
-        if each is None
-        else {str(token): entry(token, logprob) for token, logprob in [(each.token, each.logprob), *each.top]}
-        for each in told
-    ]
+    return [None if each is None else entries(each) for each in told]
 
 
 async def start_chat(served: Served, asked: ChatRequest, request: Request) -> Chat:

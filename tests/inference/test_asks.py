@@ -118,6 +118,8 @@ def check_logprobs(found, tokens: list[int], thought: list[np.ndarray], count: i
         assert isinstance(each, TokenLogprobs)
         best = np.argsort(-logprobs, kind="stable")[:count]
         assert each.token == token
+        own = logprobs[token]  # tokens nearly tied with it may count or not
+        assert (logprobs > own + TOLERANCE).sum() < each.rank <= (logprobs >= own - TOLERANCE).sum()
         assert [other for other, _ in each.top] == best.tolist()
         np.testing.assert_allclose(each.logprob, logprobs[token], atol=TOLERANCE)
         np.testing.assert_allclose([logprob for _, logprob in each.top], logprobs[best], atol=TOLERANCE)

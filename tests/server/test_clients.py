@@ -153,6 +153,26 @@ def test_echo_tells_the_prompts_logprobs_as_a_text_said_before_would_have(client
         assert echoed.text[offset : offset + len(token)] == token
 
 
+def test_prompt_logprobs_are_vllms(server: Server):
+    """Of each token but the first {id: {logprob, rank, decoded_token}}: its own, wherever it ranks, and the best ones."""
+    ids = tokenizer().encode(PROMPT)
+    with server.client() as http:
+        body = {"prompt": ids, "max_tokens": 1, "temperature": 0}
+        found = http.post("/v1/completions", json=body | {"prompt_logprobs": 3}).json()["choices"][0]["prompt_logprobs"]
+        all_best = http.post("/v1/completions", json=body | {"prompt_logprobs": 20}).json()["choices"][0]
+        chat = http.post("/v1/chat/completions", json={"messages": USER, "max_tokens": 1, "prompt_logprobs": 1}).json()
+    assert found[0] is None and len(found) == len(ids)
+    for token, told, more in zip(ids[1:], found[1:], all_best["prompt_logprobs"][1:], strict=True):
+        assert all(each.keys() == {"logprob", "rank", "decoded_token"} for each in told.values())
+        own = told[str(token)]
+        assert {1, 2, 3} | {own["rank"]} == {each["rank"] for each in told.values()}
+        ranked = sorted((each["rank"], -each["logprob"]) for each in more.values())
+        assert ranked == sorted(ranked, key=lambda pair: pair[1]), "who ranks lower is not likelier"
+        assert own == more[str(token)]
+    assert any(told[str(token)]["rank"] > 20 for token, told in zip(ids[1:], found[1:], strict=True))
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+
+
 def test_tokenize_and_detokenize(server: Server):
     with server.client() as http:
         text = "서울 <|endofturn|> </think>"
