@@ -195,6 +195,16 @@ def _compile(words: "LLTokenizer", grammar: Grammar) -> "LLMatcher":
     return matcher
 
 
+def check_regex(pattern: str) -> None:
+    """Raises InputError for what is no regular expression by itself, with llguidance's reason."""
+    try:
+        from llguidance import LLMatcher
+    except ModuleNotFoundError as error:
+        raise InputError("a grammar needs llguidance: pip install 'exaone-jax[serve]'") from error
+    if problem := LLMatcher.validate_grammar(LLMatcher.grammar_from_regex(pattern)):
+        raise InputError(f"grammar: {_brief(problem)}")
+
+
 def _brief(message: str) -> str:
     """The reason, without what llguidance adds of its own state."""
     return message.partition("<state>")[0].strip()

@@ -78,7 +78,9 @@ def encode(
 
 
 def as_dicts(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
-    return [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
+    """Tools as templates print them."""
+    unprinted = {"function": {"strict"}}  # how arguments are held to their schema is no business of the model's
+    return [tool.model_dump(exclude_none=True, exclude=unprinted) for tool in tools] if tools else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,10 +127,12 @@ class ChatTemplateKwargs(Request):
 
 
 class Function(Request):
+    """strict: arguments obey the schema of the parameters."""
+
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(Request):

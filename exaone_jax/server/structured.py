@@ -1,9 +1,5 @@
 """What a request says of the form of its answer, as a grammar."""
 
-import json
-from collections.abc import Sequence
-from typing import Any
-
 from exaone_jax.inference.grammar import Grammar
 from exaone_jax.server.errors import refused
 from exaone_jax.server.protocol import (
@@ -15,9 +11,7 @@ from exaone_jax.server.protocol import (
     StructuredOutputs,
 )
 from exaone_jax.server.served import Served
-from exaone_jax.text import Tokenizer
-
-_CALL = ("<tool_call>", "</tool_call>")
+from exaone_jax.server.tool_grammar import tool_grammar
 
 
 def completion_grammar(asked: Generation) -> Grammar | None:
@@ -26,26 +20,30 @@ def completion_grammar(asked: Generation) -> Grammar | None:
 
 
 def chat_grammar(served: Served, asked: ChatRequest, starts_in_reasoning: bool) -> Grammar | None:
-    """Of a turn: response_format, structured_outputs, or tool calls that must come. Reasoning before it is free.
+    """Of a turn: response_format, structured_outputs, tool calls that must come, or tools that are strict. Reasoning before it
+    is free.
 
     Raises ApiError where two of them are given, or where the checkpoint cannot do it.
     """
+    may_call = bool(asked.tools) and asked.tool_choice != "none"
     forced = asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool)
+    strict = may_call and any(tool.function.strict for tool in asked.tools or ())
     formatted = isinstance(asked.response_format, JsonObjectFormat | JsonSchemaFormat)
     given = {
         "structured_outputs": asked.structured_outputs is not None,
         "response_format": formatted,
         "tool_choice": forced,
+        "tools": strict and not forced,
     }
     names = [name for name, present in given.items() if present]
     if not names:
         return None
     if len(names) > 1:
         raise refused(names[0], f"together with {names[1]}; expected one of them")
-    if not forced and asked.tools and asked.tool_choice != "none":
+    if may_call and not (forced or strict):
         raise refused(names[0], "leaves no room for tool calls: expected tool_choice none")
     start = _reasoning_end(served, names[0]) if starts_in_reasoning else None
-    if forced:
+    if forced or strict:
         return _tool_calls(served, asked, start)
     if isinstance(asked.response_format, JsonObjectFormat):
         return Grammar.json_object(start)
@@ -79,28 +77,15 @@ def _structured(asked: StructuredOutputs, start: int | None) -> Grammar:
 
 
 def _tool_calls(served: Served, asked: ChatRequest, start: int | None) -> Grammar:
-    """One call or several of the tools, or one of the tool that is named, as JSON between the call's markers."""
-    rules, tools, choice = served.chat_template.rules, asked.tools or [], asked.tool_choice
-    if rules.tool_format != "json":
-        raise refused("tool_choice", f"{rules.tool_format} calls cannot be forced; expected none or auto")
+    """Calls that must come, of any tool or of the one that is named; or text with calls of tools that are strict."""
+    tools, choice = asked.tools or [], asked.tool_choice
+    form = served.chat_template.rules.tool_format
+    if form is None:
+        raise refused("tools", "this checkpoint's generation calls no tools")
+    named = isinstance(choice, NamedTool)
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
         if not tools:
             raise refused("tool_choice", f"{choice.function.name!r} is none of the tools")
-    one = isinstance(choice, NamedTool) or asked.parallel_tool_calls is False
-    calls = [_call_schema(tool.function.name, tool.function.parameters) for tool in tools]
-    opening, closing = _markers(served.tokenizer)
-    schema = json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls}, ensure_ascii=False)
-    more = "" if one else ' ("\\n" call)*'
-    return Grammar.lark(f"start: call{more}\ncall: {opening} body {closing}\nbody: %json {schema}\n", start)
-
-
-def _call_schema(name: str, parameters: dict[str, Any] | None) -> dict[str, Any]:
-    properties = {"name": {"const": name}, "arguments": parameters or {"type": "object"}}
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-
-def _markers(tokenizer: Tokenizer) -> Sequence[str]:
-    """A call's markers in Lark: as tokens where the checkpoint has them."""
-    ids = [tokenizer.control_tokens.get(marker) for marker in _CALL]
-    return [json.dumps(text) if token is None else f"<[{token}]>" for text, token in zip(_CALL, ids, strict=True)]
+    must_call, one_call = named or choice == "required", named or asked.parallel_tool_calls is False
+    return Grammar.lark(tool_grammar(tools, form, served.tokenizer, must_call=must_call, one_call=one_call), start)

@@ -13,6 +13,7 @@ from typing import Any
 from exaone_jax.text.generation import ToolFormat
 from exaone_jax.text.markers import held_back
 from exaone_jax.text.messages import check_tools
+from exaone_jax.text.tool_schemas import Parameters, is_of
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _SPACE = " \t\r\n"
@@ -53,9 +54,10 @@ class ToolCallParser:
         Raises:
           InputError: a tool is malformed.
         """
-        schemas = _parameter_schemas(check_tools(tools) or ())
+        functions = [tool.get("function", tool) for tool in check_tools(tools) or ()]
+        known = {function["name"]: Parameters(function.get("parameters")) for function in functions}
         self._parse: Callable[[str], tuple[str, Any]] = (
-            _parse_json_call if tool_format == "json" else lambda body: _parse_xml_call(body, schemas)
+            _parse_json_call if tool_format == "json" else lambda body: _parse_xml_call(body, known)
         )
         self._new_scan = _JsonScan if tool_format == "json" else _XmlScan
         self._scan: _JsonScan | _XmlScan | None = None  # inside a call
@@ -234,68 +236,42 @@ _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>(.*?)</parameter>(?=\s*<parame
 _FUNCTION_END = re.compile(r"\s*</function>\s*")
 
 
-def _parse_xml_call(body: str, schemas: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+def _parse_xml_call(body: str, known: Mapping[str, Parameters]) -> tuple[str, str]:
     """(name, arguments as JSON text) of `<function=NAME>` with `<parameter=K>` blocks."""
     head = _FUNCTION.match(body)
     if head is None:
         raise _BadCall("expected <function=NAME>")
     name, position = head.group(1).strip(), head.end()
+    parameters = known.get(name, Parameters(None))
     arguments: dict[str, Any] = {}
     while (found := _PARAMETER.match(body, position)) is not None:
         key = found.group(1).strip()
         value = found.group(2).removeprefix("\n").removesuffix("\n")
-        arguments[key] = _typed(value, schemas.get(name, {}).get(key), key)
+        arguments[key] = _typed(value, parameters.types(key), key)
         position = found.end()
     if _FUNCTION_END.fullmatch(body, position) is None:
         raise _BadCall("expected <parameter=NAME>…</parameter> blocks and </function>")
     return name, _dump_json(arguments)
 
 
-def _parameter_schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Tool name -> parameter name -> its JSON schema."""
-    schemas: dict[str, Mapping[str, Any]] = {}
-    for tool in tools:
-        function = tool.get("function", tool)
-        parameters = function.get("parameters")
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        schemas[function["name"]] = properties if isinstance(properties, Mapping) else {}
-    return schemas
-
-
-def _typed(text: str, schema: Any, key: str) -> Any:
-    """A parameter's value: raw if its schema is a string or unknown, else JSON; of a mixed type whichever it is."""
-    types = _types(schema)
-    if not types or types == {"string"}:
+def _typed(text: str, allowed: frozenset[str], key: str) -> Any:
+    """A parameter's value: raw if only a string may be, else JSON; if a string may be too, JSON that is no string, else raw."""
+    if allowed == {"string"}:
         return text
     try:
         value = _load_json(text)
     except _BadCall as error:
-        if "string" in types:
+        if "string" in allowed:
             return text
         raise _BadCall(f"parameter {key}: {error}") from error
-    return text if isinstance(value, str) and "string" in types else value
-
-
-def _types(schema: Any) -> set[str]:
-    """The JSON types that a schema allows, empty if it does not say."""
-    if not isinstance(schema, Mapping):
-        return set()
-    declared = schema.get("type")
-    declared = declared if isinstance(declared, list) else [declared]
-    types = {name for name in declared if isinstance(name, str)}
-    for keyword in ("anyOf", "oneOf"):
-        options = schema.get(keyword)
-        for option in options if isinstance(options, list) else ():
-            types |= _types(option)
-    if not types and isinstance(schema.get("enum"), list):
-        types = {"string" if isinstance(value, str) else "other" for value in schema["enum"]}
-    return types
+    return text if "string" in allowed and not is_of(value, allowed - {"string"}) else value
 
 
 def _load_json(text: str) -> Any:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be sent on
+        # A lone surrogate could not be sent on, and 1e999 is read as an infinity.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise _BadCall(f"not JSON: {error}") from error
     return value

@@ -2,13 +2,17 @@
 
 import json
 import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from exaone_jax.text import ChatTemplate
 from tests.server.checkpoints import tokenizer
-from tests.server.processes import Server
+from tests.server.processes import Server, serving
 from tests.server.test_chat import TOOLS
 
 USER = [{"role": "user", "content": "서울?"}]
@@ -107,17 +111,66 @@ def test_thinking_comes_before_the_form(server: Server):
     assert choice["message"]["content"] in ("서울", "부산")
 
 
+@pytest.fixture(scope="module", params=["json", "xml"])
+def caller(request: pytest.FixtureRequest, server: Server, checkpoint: Path, tmp_path_factory: Any) -> Iterator[Server]:
+    """A server of each form of calls: K-EXAONE's JSON, and K-EXAONE 2.0's XML, which its template tells."""
+    if request.param == "json":
+        yield server
+        return
+    second = shutil.copytree(checkpoint, tmp_path_factory.mktemp("second") / "model")
+    (second / "chat_template.jinja").write_text(ChatTemplate.for_generation("2").source, encoding="utf-8")
+    with serving(second, "--draft-tokens", "2") as other:
+        yield other
+
+
+CITY = {"type": "function", "function": {**TOOLS[0]["function"], "parameters": SCHEMA, "strict": True}}
+
+
+@pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize(
     "tool_choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=["required", "named"]
 )
-def test_a_tool_call_that_must_come(server: Server, tool_choice: Any):
-    tool = json.loads(json.dumps(TOOLS[0]))
-    tool["function"]["parameters"] = SCHEMA
-    choice = chat(server, tools=[tool], tool_choice=tool_choice, parallel_tool_calls=False, **OFF)
+def test_a_tool_call_that_must_come(caller: Server, tool_choice: Any, thinking: bool):
+    """Also after thinking, to whose end a bias drives the model."""
+    more = {"logit_bias": {"55": 5}} if thinking else OFF
+    choice = chat(caller, tools=[CITY], tool_choice=tool_choice, parallel_tool_calls=False, **more)
     assert choice["finish_reason"] == "tool_calls"
     (call,) = choice["message"]["tool_calls"]
     assert call["function"]["name"] == "get_weather"
     check_city(call["function"]["arguments"])
+
+
+def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(caller: Server):
+    """Text may come first; a bias drives the model to a call."""
+    body = {"tools": [CITY], **OFF, "n": 4}
+    bias = {str(tokenizer().control_tokens["<tool_call>"]): 4}
+    with caller.client() as http:
+        asked = {"messages": USER, "max_tokens": 300, "temperature": 1.0, "seed": 3, "parallel_tool_calls": False}
+        reply = http.post("/v1/chat/completions", json=asked | body | {"logit_bias": bias})
+        assert reply.status_code == 200, reply.text
+    ended = [choice for choice in reply.json()["choices"] if choice["finish_reason"] != "length"]
+    calls = [call for choice in ended for call in choice["message"].get("tool_calls", ())]
+    assert calls
+    for call in calls:
+        assert call["function"]["name"] == "get_weather"
+        check_city(call["function"]["arguments"])
+    assert not any("<tool_call>" in (choice["message"]["content"] or "") for choice in ended)
+
+
+def test_a_strict_tool_through_responses(caller: Server):
+    with caller.client() as http:
+        tool = {"type": "function", "name": "city", "parameters": SCHEMA, "strict": True}
+        body = {"input": "x", "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+        body |= {"reasoning": {"effort": "none"}, "max_output_tokens": 400, "seed": 1}
+        reply = http.post("/v1/responses", json=body)
+    assert reply.status_code == 200, reply.text
+    (call,) = reply.json()["output"]
+    check_city(call["arguments"])
+
+
+def test_a_strict_tool_and_a_form_are_not_asked_for_at_once(server: Server):
+    error = refused(server, tools=[CITY], response_format={"type": "json_object"}, **OFF)
+    assert error["param"] == "response_format" and "tools" in error["message"]
 
 
 BAD: list[Any] = [

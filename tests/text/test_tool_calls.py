@@ -232,3 +232,61 @@ def test_what_a_template_prints_is_read_back(arguments, generation, step):
     response = parse_response(pieces, generation, starts_in_reasoning=True, tools=[{"function": {"name": "f"}}])
     assert (response.reasoning, response.content, response.errors) == ("hm", None, ())
     assert [json.loads(c.arguments) for c in response.tool_calls] == [arguments, arguments]
+
+
+REFERRING = {
+    "type": "object",
+    "properties": {
+        "home": {"$ref": "#/$defs/Address"},
+        "name": {"allOf": [{"$ref": "#/$defs/Name"}]},
+        "maybe": {"anyOf": [{"$ref": "#/$defs/Address"}, {"type": "null"}]},
+        "note": {"type": ["string", "null"]},
+        "id": {"type": ["string", "integer"]},
+        "loop": {"$ref": "#/$defs/Loop"},
+        "missing": {"$ref": "#/$defs/Missing"},
+        "nothing": {"anyOf": []},
+    },
+    "additionalProperties": {"type": "number"},
+    "$defs": {
+        "Address": {"type": "object", "properties": {"no": {"type": "integer"}}},
+        "Name": {"type": "string"},
+        "Loop": {"anyOf": [{"$ref": "#/$defs/Loop"}, {"$ref": "#/$defs/Loop"}]},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("home", '{"no": 5}', {"no": 5}),
+        ("name", "5", "5"),
+        ("maybe", "null", None),
+        ("maybe", '{"no": 5}', {"no": 5}),
+        ("note", "null", None),
+        ("note", "5", "5"),
+        ("note", '{"a": 1}', '{"a": 1}'),
+        ("id", "5", 5),
+        ("id", "5.5", "5.5"),
+        ("id", "five", "five"),
+        ("loop", "5", "5"),
+        ("missing", "5", "5"),
+        ("nothing", "5", "5"),
+        ("other", "1.5", 1.5),
+    ],
+)
+def test_xml_values_of_referring_and_mixed_schemas(key, text, value):
+    """As generators of schemas write them: references, unions with null, and what those may stand for in each other."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": REFERRING}}]
+    parser = ToolCallParser("xml", tools)
+    call = f"<tool_call>\n<function=f>\n<parameter={key}>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    (found,) = parser.feed(call)
+    assert isinstance(found, ToolCall)
+    assert json.loads(found.arguments) == {key: value}
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN"])
+def test_a_number_that_is_not_json_makes_no_call(number):
+    parser = ToolCallParser("json", TOOLS)
+    events = parser.feed(f'<tool_call>{{"name": "f", "arguments": {{"a": {number}}}}}</tool_call>') + parser.flush()
+    (piece,) = events
+    assert isinstance(piece, TextPiece) and "not JSON" in (piece.error or "")
