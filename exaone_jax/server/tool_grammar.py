@@ -15,10 +15,10 @@ from exaone_jax.inference.grammar import check_regex
 from exaone_jax.server.errors import refused
 from exaone_jax.server.protocol import Tool
 from exaone_jax.text import Tokenizer
-from exaone_jax.text.generation import ToolFormat
+from exaone_jax.text.generation import TOOL_CALL, ToolFormat
 from exaone_jax.text.tool_schemas import MOST_LEAVES, Parameters, leaves, types
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_OPEN, _CLOSE = TOOL_CALL
 _TEXT = r"/(?s:.)+/"  # no control token, so no call
 _END = "</parameter>"
 _AFTER = r'"\n</parameter>\n"'

@@ -74,6 +74,13 @@ RULES: Mapping[Generation, GenerationRules] = {
     )
 }
 
+TOOL_CALL = ("<tool_call>", "</tool_call>")
+
+# What is read in a model's text, so it must be in it, even where a tokenizer.json flags it as special.
+READ_MARKERS = frozenset(TOOL_CALL).union(
+    marker for rules in RULES.values() for marker in (rules.reasoning_start, rules.reasoning_end) if marker
+)
+
 # config.json keys that only K-EXAONE 2.0 carries
 _K_2_CONFIG_KEYS = ("swiglu_limits", "mtp_num_speculative_steps")
 

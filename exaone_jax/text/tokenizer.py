@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from exaone_jax.errors import CheckpointError, InputError
+from exaone_jax.text.generation import READ_MARKERS
 
 # K-EXAONE's pre-tokenizer: a "word" may span single spaces, so that superword tokens can form.
 K_EXAONE_PATTERN = (
@@ -63,7 +64,9 @@ class Tokenizer:
         self.control_tokens: dict[str, int] = {
             token["content"]: token["id"] for token in added if token["content"].strip() and len(token["content"]) > 1
         }
-        self._special_ids = frozenset(token["id"] for token in added if token.get("special"))
+        self._special_ids = frozenset(
+            token["id"] for token in added if token.get("special") and token["content"] not in READ_MARKERS
+        )
         self._plain = _build(_without_control_tokens(document, self.control_tokens), source)
         self._bytes: dict[int, bytes] = {}
         self.config: dict[str, Any] = dict(config or {})
@@ -105,7 +108,10 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids of the added tokens that tokenizer.json flags special; `skip_special` drops these."""
+        """Ids of the added tokens that tokenizer.json flags special; `skip_special` drops these.
+
+        Not the markers of reasoning and tool calls, however flagged: who reads them must find them in the text.
+        """
         return self._special_ids
 
     @property

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exaone_jax.text.generation import ToolFormat
+from exaone_jax.text.generation import TOOL_CALL, ToolFormat
 from exaone_jax.text.markers import held_back
 from exaone_jax.text.messages import check_tools
 from exaone_jax.text.tool_schemas import Parameters, is_of
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_OPEN, _CLOSE = TOOL_CALL
 _SPACE = " \t\r\n"
 
 

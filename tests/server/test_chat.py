@@ -10,8 +10,10 @@ import hypothesis.strategies as st
 import pytest
 
 from exaone_jax.inference.engine import Update
+from exaone_jax.inference.text import TextRow
 from exaone_jax.server.chat import ChatChoice, join
-from exaone_jax.text import RULES, Generation
+from exaone_jax.text import RULES, Generation, Tokenizer
+from tests.server.checkpoints import tokenizer
 from tests.server.scripted import ScriptedService, client, served
 
 WEATHER = {
@@ -159,6 +161,23 @@ def test_what_a_choice_says_does_not_depend_on_how_its_text_comes(text, cuts, ge
 
     places = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
     assert read([text[a:b] for a, b in itertools.pairwise(places)]) == read([text])
+
+
+def test_reasoning_and_calls_are_told_apart_where_the_markers_are_flagged_special(tmp_path):
+    """As some checkpoints do, whose text would be dropped with that of other special tokens."""
+    tokenizer().save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"special": false', '"special": true'), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endofturn|>"}')
+    row = TextRow(flagged := Tokenizer.from_directory(tmp_path), (), unsaid=flagged.eos_ids)
+    ids = flagged.encode(f"생각\n</think>\n\n좋아요.{JSON_CALL}<|endofturn|>", allow_special=True)
+    choice = ChatChoice(RULES[Generation.K], starts_in_reasoning=True, tools=TOOLS, reasoning_end=55)
+    pieces = [choice.read(Update(0, [token], row.feed([token]))) for token in ids]
+    pieces.append(choice.read(Update(0, [], row.flush(), "stop")))
+    message = join([piece.delta for piece in pieces])
+    assert message["reasoning_content"] == "생각" and message["content"] == "좋아요."
+    assert message["tool_calls"][0]["function"]["arguments"] == '{"city": "서울"}'
+    assert choice.reasoning_tokens == ids.index(55) + 1
 
 
 def test_control_tokens_spelled_by_users_stay_text():

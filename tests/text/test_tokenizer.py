@@ -108,6 +108,21 @@ def test_decode_equals_the_library_and_streams_equal(tokenizer, tokenizer_dir, d
     assert "".join([decoder.feed(i) for i in ids]) + decoder.flush() == whole
 
 
+def test_markers_that_are_read_are_in_the_text_however_flagged(tokenizer, tokenizer_dir):
+    """Some checkpoints flag `<think>` and the like as special: dropped, an answer could not be told from its reasoning."""
+    document = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    assert not all(token["special"] for token in document["added_tokens"])
+    for token in document["added_tokens"]:
+        token["special"] = True
+    flagged = Tokenizer(json.dumps(document))
+    ids = [54, *tokenizer.encode("생각\n"), 55, *tokenizer.encode("답"), 77, 78, 53]
+    text = "<think>생각\n</think>답<tool_call></tool_call>"
+    assert flagged.decode(ids, skip_special=True) == tokenizer.decode(ids, skip_special=True) == text
+    decoder = IncrementalDecoder(flagged, skip_special=True)
+    assert "".join(decoder.feed(token) for token in ids) + decoder.flush() == text
+    assert 79 in flagged.special_ids and 53 in flagged.special_ids
+
+
 def test_a_korean_character_is_held_back_until_whole(tokenizer):
     ids = [tokenizer.token_to_id(c) for c in "íķľ"]  # the three bytes of 한
     decoder = IncrementalDecoder(tokenizer)
