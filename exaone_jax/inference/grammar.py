@@ -13,12 +13,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from exaone_jax.errors import InputError
+from exaone_jax.inference.grammar_rehearsal import Rehearsal
 from exaone_jax.text import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _REMEMBERED = 64  # compiled grammars
+_LONGEST = 1 << 19  # characters of one
 
 Kind = Literal["json_schema", "regex", "lark"]
 
@@ -129,19 +131,22 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab: int, ends: Collection[int]):
         self._tokenizer, self._vocab, self._ends = tokenizer, vocab, sorted(e for e in ends if e < vocab)
         self._lock = threading.Lock()
-        self._words: LLTokenizer | None = None
+        self._words: tuple[LLTokenizer, Rehearsal] | None = None
         self._compiled: OrderedDict[tuple[Kind, str], LLMatcher] = OrderedDict()
 
     def constraint(self, grammar: Grammar) -> Constraint:
         """The beginning of a text that obeys a grammar. Raises InputError where there is none, with llguidance's reason."""
         if grammar.start_after is not None and grammar.start_after >= self._vocab:
             raise InputError(f"grammar: start_after is token id {grammar.start_after}, and there are {self._vocab}")
+        if len(grammar.text) > _LONGEST:
+            raise InputError(f"grammar: {len(grammar.text)} characters long; at most {_LONGEST}")
         key = grammar.kind, grammar.text
         with self._lock:
-            words = self._words = self._words or self._build()
+            words, rehearsal = self._words = self._words or self._build()
             matcher = self._compiled.get(key)
         if matcher is None:
-            matcher = _compile(words, grammar)  # outside of the lock: it may take a while
+            rehearsal.check(*key)  # outside of the lock: it may take a while
+            matcher = _compile(words, grammar)
         with self._lock:
             self._compiled[key] = matcher
             self._compiled.move_to_end(key)
@@ -149,7 +154,7 @@ class Grammars:
                 self._compiled.popitem(last=False)
             return Constraint(matcher.deep_copy(), grammar.start_after, self._ends)
 
-    def _build(self) -> "LLTokenizer":
+    def _build(self) -> "tuple[LLTokenizer, Rehearsal]":
         """The vocabulary as llguidance sees it. Control tokens are none of any text's."""
         try:
             from llguidance import LLTokenizer, TokenizerWrapper
@@ -157,7 +162,9 @@ class Grammars:
             raise InputError("a grammar needs llguidance: pip install 'exaone-jax[serve]'") from error
         if not self._ends:
             raise InputError("a grammar needs a token that ends the text, and this model names none")
-        return LLTokenizer(TokenizerWrapper(_Words(self._tokenizer, self._vocab, self._ends[0])), eos_token=self._ends)
+        words = _Words(self._tokenizer, self._vocab, self._ends[0])
+        rehearsal = Rehearsal(words.tokens, words.special_token_ids, self._ends)
+        return LLTokenizer(TokenizerWrapper(words), eos_token=self._ends), rehearsal
 
 
 class _Words:
@@ -190,6 +197,7 @@ def _compile(words: "LLTokenizer", grammar: Grammar) -> "LLMatcher":
         matcher = LLMatcher(words, read(grammar.text), log_level=0)
     except ValueError as error:
         raise InputError(f"grammar: {_brief(str(error))}") from error
+    matcher.compute_bitmask()  # what it finds too large to follow from the first token on is the caller's to hear of
     if matcher.is_error():
         raise InputError(f"grammar: {_brief(matcher.get_error())}")
     return matcher

@@ -7,6 +7,7 @@ and `json`.
 import itertools
 import json
 import re
+import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -18,6 +19,7 @@ from exaone_jax.inference import engine as engine_module
 from exaone_jax.inference.engine import Engine, EngineConfig, Update
 from exaone_jax.inference.generate import generate_tokens
 from exaone_jax.inference.grammar import Grammar, Grammars, _compile
+from exaone_jax.inference.grammar_rehearsal import Rehearsal
 from exaone_jax.inference.sampling import SamplingParams, sampling_params
 from exaone_jax.model import Transformer
 from exaone_jax.text import Tokenizer, train_bpe
@@ -107,7 +109,7 @@ PROMPTS, PARAMS = requests()
 
 def allowed(grammar: Grammar | None) -> Callable[[list[int]], np.ndarray]:
     """Which tokens may follow, by a matcher that reads everything anew."""
-    words = Grammars(tokenizer(), VOCAB, (END,))._build()
+    words, _ = Grammars(tokenizer(), VOCAB, (END,))._build()
 
     def follow(generated: list[int]) -> np.ndarray:
         everything = np.ones(VOCAB, bool)
@@ -265,6 +267,53 @@ def test_hard_expressions_are_served(pattern: str, simpler: str):
     params = SamplingParams(max_new_tokens=4, grammar=Grammar.regex(pattern))
     ((tokens, text, reason),) = engine_of(0).run([[400]], [params])
     assert len(tokens) == 4 if reason == "length" else re.fullmatch(simpler, text)
+
+
+CHAIN = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4000)) + 'r4000: "a"'
+ENDLESS = "start: A\nA: " + " & ".join(f"/(?s:.*)a(?s:.){{{i}}}(?s:.*)/" for i in range(1, 60))
+
+
+def test_a_grammar_that_would_take_the_process_along_is_refused():
+    """A chain of rules overflows the stack of who compiles it, also as references of a JSON schema."""
+    grammars = Grammars(tokenizer(), VOCAB, (END,))
+    links = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(4000)}
+    schema = {"$ref": "#/$defs/a0", "$defs": {**links, "a4000": {"type": "integer"}}}
+    for grammar in (Grammar.lark(CHAIN), Grammar.json_schema(schema)):
+        with pytest.raises(InputError, match="grammar: it nests too deeply"):
+            grammars.constraint(grammar)
+        assert grammars.constraint(Grammar.regex("a")), "the next one is served"
+
+
+def test_a_grammar_that_never_compiles_is_refused():
+    """While others are served."""
+    with pytest.raises(InputError, match="takes too long"):
+        Rehearsal([b"a", b"b", b"<end>"], [2], [2], seconds=1).check("lark", ENDLESS)
+    rehearsal, refused = Rehearsal([b"a", b"b", b"<end>"], [2], [2], seconds=3), []
+
+    def never() -> None:
+        with pytest.raises(InputError, match="takes too long"):
+            rehearsal.check("lark", ENDLESS)
+        refused.append(1)
+
+    threads = [threading.Thread(target=never) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    rehearsal.check("regex", "ab")
+    assert refused == []
+    for thread in threads:
+        thread.join()
+    assert refused == [1, 1]
+
+
+def test_a_grammar_is_so_long_at_most():
+    with pytest.raises(InputError, match="characters long"):
+        Grammars(tokenizer(), VOCAB, (END,)).constraint(Grammar.regex("a" * (1 << 20)))
+
+
+def test_a_grammar_that_cannot_be_followed_from_the_start_is_refused():
+    """Not in the middle of an answer: a schema that is its own."""
+    with pytest.raises(InputError, match="grammar: "):
+        Grammars(tokenizer(), VOCAB, (END,)).constraint(Grammar.json_schema({"$ref": "#"}))
 
 
 def test_what_a_grammar_cannot_be_combined_with():
