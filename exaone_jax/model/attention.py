@@ -184,10 +184,13 @@ class Attention(nnx.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         weights = tuple(proj.weight[...] for proj in (self.q_proj, self.k_proj, self.v_proj))
         qkv = attend.placement.project(x, weights, ("heads", "kv_heads", "kv_heads"))
-        q, k, v = (out.reshape(heads) for out in qkv)
+        q, k, v = (
+            proj.adapted(x, out).reshape(heads)
+            for proj, out in zip((self.q_proj, self.k_proj, self.v_proj), qkv, strict=True)
+        )
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.rope:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        out = attend(q, k, v, self.spec.window)
-        return attend.placement.contract(out.reshape(*x.shape[:2], -1), self.o_proj.weight[...], "heads")
+        out = attend(q, k, v, self.spec.window).reshape(*x.shape[:2], -1)
+        return self.o_proj.adapted(out, attend.placement.contract(out, self.o_proj.weight[...], "heads"))

@@ -33,4 +33,6 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, placement: Placement) -> jax.Array:
         weights = (self.gate_proj.weight[...], self.up_proj.weight[...])
         gate, up = placement.project(x, weights, ("mlp", "mlp"))
-        return placement.contract(swiglu(gate, up, self.limit), self.down_proj.weight[...], "mlp")
+        gate, up = self.gate_proj.adapted(x, gate), self.up_proj.adapted(x, up)
+        hidden = swiglu(gate, up, self.limit)
+        return self.down_proj.adapted(hidden, placement.contract(hidden, self.down_proj.weight[...], "mlp"))

@@ -45,6 +45,10 @@ class ParamFactory:
         return RouterBias(jnp.zeros(shape, jnp.float32), axes=axes)
 
 
+class Frozen(nnx.Variable[jax.Array]):
+    """A value that adapters are trained beside: no gradient is taken of it."""
+
+
 class RouterBias(nnx.Variable[jax.Array]):
     """Bias of expert selection, float32 always: moved by the balancing rule and not by gradients, so it is no Param."""
 
@@ -142,11 +146,33 @@ def _dot_rounding_parts_fwd(x: jax.Array, weight: jax.Array) -> tuple[jax.Array,
 dot_rounding_parts.defvjp(_dot_rounding_parts_fwd, _dot_bwd)
 
 
+class Adapter(nnx.Module):
+    """scale * b @ a, added to a matrix `[..., out, in]` (LoRA, arXiv 2106.09685); float32 a `[..., r, in]`, b `[..., out, r]`."""
+
+    def __init__(self, a: nnx.Param[jax.Array], b: nnx.Param[jax.Array], scale: float):
+        self.a, self.b, self.scale = a, b, scale
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x `[..., in]` -> `[..., out]`: the matrix itself is never made, nor its gradient."""
+        return self.scale * dot(dot(x, self.a[...]), self.b[...])
+
+    def added_to(self, weight: jax.Array) -> jax.Array:
+        """The adapted matrices `[..., out, in]` in float32."""
+        change = jnp.matmul(self.b[...], self.a[...], precision=jax.lax.Precision.HIGHEST)
+        return weight.astype(jnp.float32) + self.scale * change
+
+
 class Linear(nnx.Module):
     """y = x @ weight.T, without bias: no EXAONE language model has one. weight `[out, in]`, as Hugging Face has it."""
+
+    adapter: Adapter | None = None
 
     def __init__(self, make: ParamFactory, features_in: int, features_out: int, axes: Axes):
         self.weight = make.normal((features_out, features_in), axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return dot(x, self.weight[...])
+        return self.adapted(x, dot(x, self.weight[...]))
+
+    def adapted(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """The product of x, given that with the weight alone."""
+        return out if self.adapter is None else out + self.adapter(x)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from exaone_jax.config.model import LayerSpec, ModelConfig, MoEConfig
 from exaone_jax.model.feedforward import MLP, swiglu
-from exaone_jax.model.linear import ParamFactory, dot
+from exaone_jax.model.linear import Adapter, ParamFactory, dot
 from exaone_jax.model.placement import Placement
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -88,7 +88,9 @@ class ExpertWeights(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """SwiGLU experts, each over its own tokens; weights `[E, out, in]`."""
+    """SwiGLU experts, each over its own tokens; weights `[E, out, in]`. Adapters, by name of the weight, are added to them."""
+
+    adapters: dict[str, Adapter] | None = None
 
     def __init__(self, make: ParamFactory, size: int, moe: MoEConfig, limit: float | None):
         up, down = (moe.num_experts, moe.intermediate_size, size), (moe.num_experts, size, moe.intermediate_size)
@@ -99,7 +101,10 @@ class Experts(nnx.Module):
 
     @property
     def weights(self) -> ExpertWeights:
-        return ExpertWeights(self.gate_proj[...], self.up_proj[...], self.down_proj[...])
+        weights = {name: getattr(self, name)[...] for name in ("gate_proj", "up_proj", "down_proj")}
+        if self.adapters is not None:
+            weights = {name: self.adapters[name].added_to(weight) for name, weight in weights.items()}
+        return ExpertWeights(*weights.values())
 
     def answer(self, weights: ExpertWeights, tokens: jax.Array, routing: Routing) -> jax.Array:
         """Send each token `[N, D]` to its k experts, of these weights, and sum their weighted answers: float32 `[N, D]`."""

@@ -182,15 +182,16 @@ class MeshPlacement:
         return self._map(local, (words, *(tokens,) * len(each)), tokens)(table, *each)
 
     def answer(self, experts: Experts, x: jax.Array, routing: Routing) -> jax.Array:
-        axis = _only(self._split(len(experts.gate_proj[...]), "experts"), "experts")
+        parts = experts.weights
+        axis = _only(self._split(len(parts.gate), "experts"), "experts")
         tokens = self.spec(x.shape, ACTIVATIONS)
         parameters = (experts.gate_proj, experts.up_proj, experts.down_proj)
         names = [parameter.get_metadata("axes")[-3:] for parameter in parameters]
-        specs = tuple(map(self.spec, (weight.shape for weight in experts.weights), names))
+        specs = tuple(map(self.spec, (weight.shape for weight in parts), names))
         embed = [axes.index("embed") for axes in names]
-        sizes = (weight.shape[dim] for weight, dim in zip(experts.weights, embed, strict=True))
+        sizes = (weight.shape[dim] for weight, dim in zip(parts, embed, strict=True))
         gate, up, down = (Parts(self._split(size, "embed"), dim) for size, dim in zip(sizes, embed, strict=True))
-        partial_sums = self._split(experts.gate_proj.shape[-2], "expert_mlp")  # each device has a part of the width
+        partial_sums = self._split(parts.gate.shape[-2], "expert_mlp")  # each device has a part of the width
         split = axis in self._split(x.shape[0], "batch")
 
         def run(x: jax.Array, routing: Routing, weights: tuple[jax.Array, ...]) -> jax.Array:
@@ -204,7 +205,7 @@ class MeshPlacement:
             out = out.astype(x.dtype)
             return (summed(out, partial_sums) if partial_sums else out).reshape(x.shape)
 
-        return self._map(run, (tokens, tokens, specs), tokens)(x, routing, tuple(experts.weights))
+        return self._map(run, (tokens, tokens, specs), tokens)(x, routing, tuple(parts))
 
     def spec(self, shape: tuple[int, ...], axes: Axes) -> PartitionSpec:
         """How an activation of this shape is split; an axis without a rule is not. Axes of size one are left out."""

@@ -28,6 +28,7 @@ RULES: Rules = {
     "experts": ("expert",),
     "expert_mlp": ("tensor",),
     "mtp_in": (),
+    "rank": (),
     # activations
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
