@@ -15,7 +15,7 @@ from exaone_jax.checkpoints.copying import default_workers
 from exaone_jax.checkpoints.directory import CONFIG_FILE, HFDirectory, open_hf
 from exaone_jax.checkpoints.matching import check_tensors, checked_quantization, without_mtp
 from exaone_jax.checkpoints.names import Parameter, ParameterPath, TensorMap, parameters, path_name
-from exaone_jax.checkpoints.native import NativeDirectory, is_native, rows_per_chunk
+from exaone_jax.checkpoints.native import TRAIN_MANIFEST, NativeDirectory, is_native, rows_per_chunk
 from exaone_jax.config.hf import read_config_and_extra
 from exaone_jax.config.model import ModelConfig
 from exaone_jax.errors import CheckpointError
@@ -36,6 +36,10 @@ def open_checkpoint(path: Path | str) -> tuple[ModelConfig, Checkpoint]:
     if is_native(path):
         native = NativeDirectory(path)
         return native.config, native
+    if (path / TRAIN_MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path}: a saved step of a run with `lora` holds adapters alone, expected the model that its `export` wrote"
+        )
     directory = open_hf(path)
     try:
         config = checked_config(directory)

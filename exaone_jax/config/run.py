@@ -118,6 +118,25 @@ class HostsConfig(_Frozen):
     heartbeat: PositiveInt = 100
 
 
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts"]
+
+
+class LoraConfig(_Frozen):
+    """Adapters of low rank are trained, and all else is frozen.
+
+    alpha: an adapter's product is multiplied by alpha / rank. targets: which matrices of every layer have one: those of
+    attention, those of the dense layers' MLP and the shared experts, and all three of each of the experts.
+    base: what the frozen matrices of the layers are kept in; where in 8 or 4 bits, all else that is frozen is in bfloat16.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    targets: tuple[Target, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
+    base: Literal["float32", "bfloat16", "int8", "nf4"] = "bfloat16"
+
+
 def _named_or_inline(value: object) -> str:
     return "name" if isinstance(value, str) else "inline"
 
@@ -132,7 +151,8 @@ class RunConfig(_Frozen):
     stop_after: end, with the step saved, when so many are done; the schedules are those of `steps` all the same.
     ema: decay of an average of the parameters, which evaluation, samples and export then use.
     mesh: AXIS=SIZE,…; None: all devices along fsdp. hosts: `environment` where jax finds them by itself (Cloud TPU, Slurm).
-    export: where to write a Hugging Face directory at the end.
+    lora: train adapters beside the weights of init_from, and write them for PEFT into `adapter` of run_dir at the end.
+    export: where to write a Hugging Face directory at the end; with lora, of the adapted model.
     """
 
     run_dir: str
@@ -158,6 +178,7 @@ class RunConfig(_Frozen):
     loss: LossWeights = LossWeights()
     router_bias_rate: float = Field(default=1e-4, ge=0)
     freeze_router: bool = False
+    lora: LoraConfig | None = None
     ema: float | None = Field(default=None, gt=0, lt=1)
     save: SaveConfig = SaveConfig()
     guard: GuardConfig = GuardConfig()
@@ -171,6 +192,8 @@ class RunConfig(_Frozen):
     def _check(self) -> "RunConfig":
         if self.model is None and self.init_from is None:
             raise ValueError("needs `model` (random weights) or `init_from` (a checkpoint)")
+        if self.lora is not None and self.init_from is None:
+            raise ValueError("lora: needs init_from, the checkpoint that adapters are trained beside")
         if self.tokenizer is None and self.init_from is None:
             raise ValueError("needs `tokenizer`, a directory or `bytes`, as there is no `init_from` that brings one")
         starts = [0, *(stage.start for stage in self.stages), self.steps]

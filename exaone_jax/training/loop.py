@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from exaone_jax.checkpoints.atomic import storage_errors
 from exaone_jax.checkpoints.convert import save_hf
+from exaone_jax.checkpoints.names import totals
 from exaone_jax.config.run import HostsConfig, RunConfig, dump_run
 from exaone_jax.data.packing import PackedRows
 from exaone_jax.errors import CheckpointError, ConfigError
@@ -28,6 +29,7 @@ from exaone_jax.planning.memory import program_bytes
 from exaone_jax.planning.workload import workload
 from exaone_jax.training import report
 from exaone_jax.training.faults import Stop, TrainingError, Watchdog, check_replicas, locked
+from exaone_jax.training.lora import merged, save_adapter
 from exaone_jax.training.report import Clock, Face
 from exaone_jax.training.saves import (
     DamagedStep,
@@ -52,6 +54,7 @@ from exaone_jax.training.step import StepMetrics, TrainState, awake, evaluate, t
 from exaone_jax.training.trackers import open_trackers
 
 CHECKPOINTS, CONFIG, STACKS, PROFILE, TOKENIZER = "checkpoints", "config.yaml", "stacks", "profile", "tokenizer"
+ADAPTER = "adapter"
 _STOP, _SAVE = 0, 1  # the questions that every device is asked at every step
 
 
@@ -151,8 +154,10 @@ class _Run:
 
     def go(self, strict_resume: bool) -> Outcome:
         with self.clock.phase("init"):
-            self.saver = Saver(self.folder, self.setup.identity, self._files(), self.config.save.keep, self._on_save)
-        state = self._first_state(strict_resume)
+            self.base = None if self.config.lora is None else initial_state(self.setup)
+            identity = self.setup.identity if self.base is None else self.setup.identity_beside(self.base.frozen)
+            self.saver = Saver(self.folder, identity, self._files(), self.config.save.keep, self._on_save)
+        state, self.base = self._first_state(strict_resume), None  # the first step takes its arrays over
         self._write_config()
         self._say_what_is_done(state)
         try:
@@ -209,7 +214,7 @@ class _Run:
                 return state
         self._refuse_to_start_over(steps)
         with self.clock.phase("init"):
-            state = initial_state(self.setup)
+            state = self.base or initial_state(self.setup)
             jax.block_until_ready(state)
         self.face.event("started", {"step": 0})
         return state
@@ -218,7 +223,9 @@ class _Run:
         """None where the step is damaged: it is set aside then. Every process comes to the same verdict."""
         folder, problem, state = step_folder(self.folder, step), "", None
         try:
-            state = read_step(folder, self.setup.like, self.setup.identity)
+            state = read_step(folder, self.setup.like, self.saver.identity)
+            if self.base is not None:
+                state = dataclasses.replace(state, frozen=self.base.frozen)
         except DamagedStep as error:
             problem = str(error)
         if not _anywhere(bool(problem)):
@@ -247,7 +254,17 @@ class _Run:
 
     def _say_what_is_done(self, state: TrainState) -> None:
         count = sum(leaf.size for leaf in jax.tree.leaves((state.params, state.router_biases)))
-        self.face.say(f"{count:,} parameters on {self.setup.mesh.size} devices, {jax.process_count()} processes")
+        where = f"on {self.setup.mesh.size} devices, {jax.process_count()} processes"
+        if self.config.lora is None:
+            self.face.say(f"{count:,} parameters {where}")
+        else:
+            trained, whole = (
+                sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+                totals(self.setup.model).parameters,
+            )
+            self.face.say(
+                f"{trained:,} parameters of adapters are trained, {trained / whole:.2%} of the model's {whole:,}, {where}"
+            )
         for stage in self.setup.stages:
             epochs = (stage.first + stage.stop - stage.start) * stage.batch_size / stage.rows.rows_per_epoch
             self.face.say(
@@ -333,7 +350,10 @@ class _Run:
     def _model_flops(self, stage: Stage) -> int:
         """Of one of its steps."""
         work = workload(self.setup.model, "train", stage.batch_size, stage.context, remat=self.setup.loss.remat)
-        return step_flops(self.setup.model, work).model
+        found = step_flops(self.setup.model, work)
+        if self.config.lora is None:
+            return found.model
+        return 2 * found.forward.total + found.forward.attention  # no gradients of the frozen matrices
 
     def _asked(self) -> jax.Array:
         """What this process asks all for, on each of its devices: to stop, to save."""
@@ -437,6 +457,7 @@ class _Run:
         if not stopped:
             if self.config.data.eval_sources:
                 self._evaluate(state, step)
+            self._write_adapter(state)
             self._export(state)
         if jax.process_index() == 0:
             report.draw_curve(self.face.metrics, self.run_dir / report.CURVE, self.setup.model.vocab_size)
@@ -452,14 +473,27 @@ class _Run:
             return self.last_loss
         return next((line["loss"] for line in reversed(self.face.metrics.read()) if "loss" in line), math.nan)
 
+    def _write_adapter(self, state: TrainState) -> None:
+        """For PEFT."""
+        if self.config.lora is None or self.config.steps != self.saved_step:
+            return
+        folder, everywhere = self.run_dir / ADAPTER, NamedSharding(self.setup.mesh, PartitionSpec())
+        with self.clock.phase("save"):
+            whole = jax.device_put(_averaged(state).params, everywhere)
+            if jax.process_index() == 0:
+                save_adapter(whole, self.setup.model, self.config.lora, folder, str(self.config.init_from))
+        self.face.say(f"adapter in {folder}")
+
     def _export(self, state: TrainState) -> None:
         if self.config.export is None or self.config.steps != self.saved_step:
             return
-        model = trained_model(self.setup.graphdef, _averaged(state))
+        params = nnx.state(trained_model(self.setup.graphdef, _averaged(state)))
+        if self.config.lora is not None:
+            params = merged(self.setup.graphdef, _averaged(state).model, self.setup.model.dtype)
         files = self.config.tokenizer if self.setup.files and self.config.tokenizer else self.config.init_from
         extra = Path(files) if self.setup.files and files else self.run_dir / TOKENIZER
         with self.clock.phase("save"):
-            save_hf(nnx.state(model), self.setup.model, self.config.export, extra_files_from=extra, overwrite=True)
+            save_hf(params, self.setup.model, self.config.export, extra_files_from=extra, overwrite=True)
         self.face.say(f"exported to {self.config.export}")
 
 

@@ -59,10 +59,14 @@ class DamagedStep(CheckpointError):
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run must have in common with a saved step to go on from it. fingerprints: name -> digest, of data and the like."""
+    """What a run must have in common with a saved step to go on from it. fingerprints: name -> digest, of data and the like.
+
+    adapters: whether the parameters are adapters alone, which are no checkpoint by themselves.
+    """
 
     config: ModelConfig
     fingerprints: Mapping[str, str]
+    adapters: bool = False
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -76,7 +80,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def named_arrays(state: TrainState) -> dict[str, jax.Array]:
-    """Every array of a state by the name of its folder. The model's own lie where a native checkpoint has them."""
+    """Every array that steps change by the name of its folder. The model's own lie where a native checkpoint has them."""
     model = [*nnx.to_flat_state(state.params), *nnx.to_flat_state(state.router_biases)]
     arrays = {f"{PARAMS}/{path_name(cast(tuple, path))}": variable.get_value() for path, variable in model}
     rest = {"optimizer": state.opt_state, "step": state.step, "ema": state.ema, "history": state.history}
@@ -97,7 +101,8 @@ def with_arrays(state: TrainState, arrays: Mapping[str, Any]) -> TrainState:
     rest = {"optimizer": state.opt_state, "step": state.step, "ema": state.ema, "history": state.history}
     leaves, treedef = jax.tree.flatten(rest)
     filled = jax.tree.unflatten(treedef, [arrays[next(names)] for _ in leaves])
-    return TrainState(params, biases, filled["optimizer"], filled["step"], filled["ema"], filled["history"])
+    changed = (filled[name] for name in ("optimizer", "step", "ema", "history"))
+    return TrainState(params, biases, *changed, frozen=state.frozen)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class Saver:
         keep: int,
         tell: Callable[[str, dict[str, Any]], None],
     ):
-        self.folder, self._identity, self._files, self._keep, self._tell = folder, identity, files, keep, tell
+        self.folder, self.identity, self._files, self._keep, self._tell = folder, identity, files, keep, tell
         self._thread: threading.Thread | None = None
         self._error: StorageError | None = None
         self._rank, self._count = jax.process_index(), jax.process_count()
@@ -201,7 +206,7 @@ class Saver:
         try:
             if problem := next(filter(None, problems), None):
                 raise StorageError(problem)
-            _write_small(partial, step, layout, self._identity, self._files)
+            _write_small(partial, step, layout, self.identity, self._files)
             sync_tree(partial)
             if final.exists():  # a step that is saved again, after a fall-back to one before
                 _remove(final)
@@ -305,19 +310,8 @@ def _write_small(
     partial: Path, step: int, layout: Mapping[str, Any], identity: Identity, files: Mapping[str, Path]
 ) -> None:
     """Everything but the arrays, the manifest last."""
-    config = identity.config.model_copy(update={"dtype": "float32"})
-    params = {name.removeprefix(f"{PARAMS}/"): array for name, array in layout.items() if name.startswith(PARAMS)}
     copied = {name: copy_file(source, partial / name) for name, source in files.items()}
-    dtypes = {name: array["dtype"] for name, array in params.items()}
-    native = Manifest(config, config.mtp_layer is not None, dtypes, carried={}, copied=copied)
-    shapes = [(_path(name), tuple(array["shape"])) for name, array in params.items()]
-    small = {
-        CONFIG_FILE: json.dumps(to_hf(config), indent=2, ensure_ascii=False).encode() + b"\n",
-        f"{PARAMS}/_METADATA": json.dumps(orbax_metadata(shapes)).encode(),
-        f"{PARAMS}/_CHECKPOINT_METADATA": json.dumps(orbax_checkpoint_metadata()).encode(),
-        f"{PARAMS}/commit_success.txt": b"",
-        MANIFEST: json.dumps(native.to_dict(), indent=1).encode() + b"\n",
-    }
+    small = {} if identity.adapters else _native_files(layout, identity.config, copied)
     for name, data in small.items():
         write_new(partial / name, data)
     body = {
@@ -330,6 +324,22 @@ def _write_small(
         "files": copied | {name: hashlib.sha256(data).hexdigest() for name, data in small.items()},
     }
     write_new(partial / TRAIN_MANIFEST, json.dumps(body | {"sha256": _digest(body)}, indent=1).encode() + b"\n")
+
+
+def _native_files(layout: Mapping[str, Any], config: ModelConfig, copied: dict[str, str]) -> dict[str, bytes]:
+    """Which make a native checkpoint of the folder."""
+    config = config.model_copy(update={"dtype": "float32"})
+    params = {name.removeprefix(f"{PARAMS}/"): array for name, array in layout.items() if name.startswith(PARAMS)}
+    dtypes = {name: array["dtype"] for name, array in params.items()}
+    native = Manifest(config, config.mtp_layer is not None, dtypes, carried={}, copied=copied)
+    shapes = [(_path(name), tuple(array["shape"])) for name, array in params.items()]
+    return {
+        CONFIG_FILE: json.dumps(to_hf(config), indent=2, ensure_ascii=False).encode() + b"\n",
+        f"{PARAMS}/_METADATA": json.dumps(orbax_metadata(shapes)).encode(),
+        f"{PARAMS}/_CHECKPOINT_METADATA": json.dumps(orbax_checkpoint_metadata()).encode(),
+        f"{PARAMS}/commit_success.txt": b"",
+        MANIFEST: json.dumps(native.to_dict(), indent=1).encode() + b"\n",
+    }
 
 
 def _path(name: str) -> tuple[str | int, ...]:

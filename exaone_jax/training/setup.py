@@ -22,15 +22,16 @@ from exaone_jax.checkpoints.names import ParameterPath
 from exaone_jax.checkpoints.native import files_beside_weights
 from exaone_jax.config import ModelConfig, published, read_config, to_hf
 from exaone_jax.config.data import DataConfig
-from exaone_jax.config.run import OptimizerConfig, RunConfig
+from exaone_jax.config.run import LoraConfig, OptimizerConfig, RunConfig
 from exaone_jax.data.packing import PackedRows
 from exaone_jax.data.rows import Rows, batches, open_rows
 from exaone_jax.errors import ConfigError
 from exaone_jax.model import Transformer
-from exaone_jax.model.linear import RouterBias
+from exaone_jax.model.linear import Frozen, RouterBias
 from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE
 from exaone_jax.parallel import MeshShape, make_mesh, partition_spec, place, sharded_shapes
 from exaone_jax.text import ChatTemplate, Tokenizer, detect_generation, train_bpe
+from exaone_jax.training.lora import adapt, base_digest, base_dtype
 from exaone_jax.training.loss import LossConfig, has_mtp_loss
 from exaone_jax.training.optimizer import Optimizer, adamw, cosine, frozen, muon, wsd
 from exaone_jax.training.saves import Identity
@@ -85,10 +86,17 @@ class Setup:
         data = hashlib.sha256(json.dumps([run.seed, stages]).encode()).hexdigest()
         return Identity(self.model, {"data, seed, batch_size, context or stages": data})
 
+    def identity_beside(self, frozen: nnx.State) -> Identity:
+        """Of a run that trains adapters: the same settings too, and the same weights beside them."""
+        lora = "" if self.config.lora is None else self.config.lora.model_dump_json()
+        known = {"lora": hashlib.sha256(lora.encode()).hexdigest(), "init_from": base_digest(frozen)}
+        own = self.identity
+        return dataclasses.replace(own, fingerprints={**own.fingerprints, **known}, adapters=True)
+
     def step_arguments(self) -> dict[str, Any]:
         """The static arguments of `train_step`."""
         run = self.config
-        rate = 0.0 if run.freeze_router else run.router_bias_rate
+        rate = 0.0 if run.freeze_router or run.lora is not None else run.router_bias_rate
         return {
             "optimizer": self.optimizer,
             "loss": self.loss,
@@ -118,7 +126,7 @@ def set_up(config: RunConfig) -> Setup:
     guard = Guard(config.guard.nonfinite == "stop", config.guard.sigma if config.guard.spikes == "skip" else None)
     stages = tuple(_stages(config, model, tokenizer, template, mesh))
     graphdef, like = _abstract(config, model, mesh, optimizer)
-    has_mtp_loss(nnx.merge(graphdef, like.params, like.router_biases), loss)
+    has_mtp_loss(nnx.merge(graphdef, *like.model), loss)
     return Setup(
         config, model, tokenizer, template, files, mesh, stages, optimizer, loss, guard, graphdef, like
     )  # fmt: skip
@@ -137,20 +145,32 @@ def initial_state(setup: Setup) -> TrainState:
             return fresh(params, biases)
 
         return jax.jit(make, out_shardings=shardings)()
-    params, biases = (nnx.from_flat_state(part) for part in _read(setup, Path(run.init_from)))
-    return jax.jit(fresh, out_shardings=shardings, donate_argnums=(0, 1))(params, biases)
+    if run.lora is None:
+        parts = _read(Path(run.init_from), (setup.like.params, setup.like.router_biases), "float32")
+        return jax.jit(fresh, out_shardings=shardings, donate_argnums=(0, 1))(*parts)
+    graphdef, like = _abstract(run.model_copy(update={"lora": None}), setup.model, setup.mesh, setup.optimizer)
+    parts = _read(Path(run.init_from), like.model[:2], base_dtype(run.lora))
+
+    def beside(*parts: nnx.State) -> TrainState:
+        model = nnx.merge(graphdef, *parts)
+        adapt(model, cast(LoraConfig, run.lora), nnx.Rngs(run.seed))
+        return fresh(*nnx.split(model, nnx.Param, RouterBias, Frozen)[1:])
+
+    donated = () if run.lora.base in ("int8", "nf4") else (0, 1)
+    return jax.jit(beside, out_shardings=shardings, donate_argnums=donated)(*parts)
 
 
-def _read(setup: Setup, path: Path) -> Iterator[list[tuple[Any, Any]]]:
-    parts = [list(nnx.to_flat_state(part)) for part in (setup.like.params, setup.like.router_biases)]
+def _read(path: Path, like: tuple[nnx.State, ...], dtype: str) -> tuple[nnx.State, ...]:
+    """What a checkpoint has for states of jax.ShapeDtypeStructs with shardings."""
+    parts = [list(nnx.to_flat_state(part)) for part in like]
     shardings = {key: variable.get_value().sharding for part in parts for key, variable in part}
     config, checkpoint = open_checkpoint(path)
     with checkpoint:
-        values = read_open(
-            config, checkpoint, dtype=jnp.float32, mesh_shardings=cast(dict[ParameterPath, Any], shardings)
-        )
-    for part in parts:
-        yield [(key, variable.replace(values[cast(ParameterPath, key)])) for key, variable in part]
+        values = read_open(config, checkpoint, dtype=dtype, mesh_shardings=cast(dict[ParameterPath, Any], shardings))
+    return tuple(
+        nnx.from_flat_state([(key, variable.replace(values[cast(ParameterPath, key)])) for key, variable in part])
+        for part in parts
+    )
 
 
 @cache  # the same for the same: a second run in a process finds its step compiled
@@ -277,11 +297,14 @@ def _abstract(config: RunConfig, model: ModelConfig, mesh: Mesh, optimizer: Opti
 
     def make() -> Transformer:
         rngs = nnx.Rngs(0)
-        return Transformer(model, dtype=config.dtype, param_dtype=jnp.float32, rngs=rngs, placement=placement)
+        made = Transformer(model, dtype=config.dtype, param_dtype=jnp.float32, rngs=rngs, placement=placement)
+        if config.lora is not None:
+            adapt(made, config.lora, rngs)
+        return made
 
-    graphdef, params, biases = nnx.split(nnx.eval_shape(make), nnx.Param, RouterBias)
+    graphdef, *parts = nnx.split(nnx.eval_shape(make), nnx.Param, RouterBias, Frozen)
     fresh = partial(fresh_state, optimizer=optimizer, ema=config.ema is not None, window=config.guard.window)
-    return graphdef, sharded_shapes(jax.eval_shape(fresh, params, biases), mesh)
+    return graphdef, sharded_shapes(jax.eval_shape(fresh, *parts), mesh)
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

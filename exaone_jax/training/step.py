@@ -60,6 +60,7 @@ class TrainState:
     """All that a step changes. params and router_biases are states of the model; step int32, steps taken so far.
 
     ema: an average of the parameters, None where none is kept. history: None where steps are not guarded.
+    frozen: the rest of the model, where adapters alone are trained: no step changes it.
     """
 
     params: nnx.State
@@ -68,6 +69,12 @@ class TrainState:
     step: jax.Array
     ema: nnx.State | None = None
     history: History | None = None
+    frozen: nnx.State = dataclasses.field(default_factory=lambda: nnx.State({}))
+
+    @property
+    def model(self) -> tuple[nnx.State, nnx.State, nnx.State]:
+        """What a graph is merged with."""
+        return self.params, self.router_biases, self.frozen
 
 
 class StepMetrics(NamedTuple):
@@ -102,11 +109,17 @@ def init_state(
     ema: keep an average of the parameters. window: steps that a guard remembers; None: no guard.
     """
     graphdef, params, router_biases = nnx.split(model, nnx.Param, RouterBias)
-    return graphdef, fresh_state(params, router_biases, optimizer, ema=ema, window=window)
+    return graphdef, fresh_state(params, router_biases, optimizer=optimizer, ema=ema, window=window)
 
 
 def fresh_state(
-    params: nnx.State, router_biases: nnx.State, optimizer: Optimizer, *, ema: bool = False, window: int | None = None
+    params: nnx.State,
+    router_biases: nnx.State,
+    frozen: nnx.State | None = None,
+    *,
+    optimizer: Optimizer,
+    ema: bool = False,
+    window: int | None = None,
 ) -> TrainState:
     """The state of a run at step 0, as `init_state`."""
     average = jax.tree.map(jnp.copy, params) if ema else None
@@ -120,12 +133,13 @@ def fresh_state(
     if window is not None:
         rings = (zeros(window, dtype=jnp.float32) for _ in range(2))
         history = History(*rings, seen=zeros(), skipped=zeros(), halted=zeros())
-    return TrainState(params, router_biases, optimizer.transform.init(params), zeros(), average, history)
+    frozen = nnx.State({}) if frozen is None else frozen
+    return TrainState(params, router_biases, optimizer.transform.init(params), zeros(), average, history, frozen)
 
 
 def trained_model(graphdef: Graph, state: TrainState) -> Transformer:
     """The model with the state's arrays; they are shared, and a later `train_step` of this state takes them over."""
-    return nnx.merge(graphdef, state.params, state.router_biases)
+    return nnx.merge(graphdef, *state.model)
 
 
 @partial(
@@ -159,7 +173,7 @@ def train_step(
     if state.ema is not None:
         average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state.ema, params)
     grad_norm = optax.tree.norm(grads)
-    taken = TrainState(params, router_biases, opt_state, state.step + 1, average, state.history)
+    taken = TrainState(params, router_biases, opt_state, state.step + 1, average, state.history, state.frozen)
     skip, halted, count = jnp.zeros((), bool), jnp.zeros((), bool), state.step
     if state.history is not None:
         count = state.step - state.history.skipped  # the optimizer's own: a skipped step is none of its
@@ -178,7 +192,7 @@ def _gradients(
     def objective(
         params: nnx.State, part: PackedRows
     ) -> tuple[jax.Array, tuple[LossMetrics, tuple[SegmentStats, ...]]]:
-        return total_loss(nnx.merge(graphdef, params, state.router_biases), part, loss, of)
+        return total_loss(nnx.merge(graphdef, params, *state.model[1:]), part, loss, of)
 
     differentiate = jax.value_and_grad(objective, has_aux=True)
     if batch.tokens.ndim == 2:
@@ -258,9 +272,9 @@ def balanced(router_biases: nnx.State, stats: tuple[SegmentStats, ...], rate: fl
 
 @partial(jax.jit, static_argnums=0)
 def _evaluate_batch(
-    graphdef: Graph, params: nnx.State, router_biases: nnx.State, batch: PackedRows
+    graphdef: Graph, parts: tuple[nnx.State, ...], batch: PackedRows
 ) -> tuple[TokenLoss, TokenLoss | None]:
-    model = nnx.merge(graphdef, params, router_biases)
+    model = nnx.merge(graphdef, *parts)
     config = LossConfig()
     hidden, _ = model.forward(jnp.asarray(batch.tokens), segment_ids=jnp.asarray(batch.segment_ids))
     ahead = mtp_loss(model, hidden, batch, config) if has_mtp_loss(model, config) else None
@@ -269,7 +283,7 @@ def _evaluate_batch(
 
 def evaluate(graphdef: Graph, state: TrainState, batches: Iterable[PackedRows]) -> Evaluation:
     """Losses over batches `[B, T]`, each token counting the same. Raises InputError where there is nothing to predict."""
-    sums = [_evaluate_batch(graphdef, state.params, state.router_biases, batch) for batch in batches]
+    sums = [_evaluate_batch(graphdef, state.model, batch) for batch in batches]
     if not sums:
         raise InputError("evaluation needs at least one batch")
     main, ahead = jax.tree.map(lambda *xs: sum(float(x) for x in xs), *sums)
