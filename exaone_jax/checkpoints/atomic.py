@@ -198,6 +198,16 @@ def write_new(path: Path, data: bytes) -> None:
             file.write(data)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file, over one that may be there: at any moment it is the old one or the new one, whole."""
+    with storage_errors(str(path)):
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_bytes(data)
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+
+
 def copy_file(source: Path, target: Path) -> str:
     """Copy a file's bytes to a new file; returns their sha256."""
     digest = hashlib.sha256()

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from exaone_jax.checkpoints.atomic import storage_errors
+from exaone_jax.checkpoints.atomic import replace_file, storage_errors
 from exaone_jax.checkpoints.convert import save_hf
 from exaone_jax.checkpoints.names import totals
 from exaone_jax.config.run import HostsConfig, RunConfig, dump_run
@@ -174,15 +174,13 @@ class _Run:
         if jax.process_index() != 0:
             return
         path, text = self.run_dir / CONFIG, dump_run(self.config)
-        with storage_errors(str(path)):
-            if self.first_step:
+        if self.first_step:
+            with storage_errors(str(path)):
                 before, now = yaml.safe_load(path.read_text()), yaml.safe_load(text)
-                changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
-                if changed:
-                    self.face.say(f"changed since: {', '.join(changed)}")
-            draft = path.with_name(f"{CONFIG}.partial")
-            draft.write_text(text)
-            draft.rename(path)
+            changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+            if changed:
+                self.face.say(f"changed since: {', '.join(changed)}")
+        replace_file(path, text.encode())
 
     def _files(self) -> dict[str, Path]:
         """The tokenizer's, to go along with every saved step."""
