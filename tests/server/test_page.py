@@ -37,9 +37,11 @@ def element(page: Any, name: str) -> Any:
 
 
 def wait(page: Any, condition: Any) -> None:
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.support.wait import WebDriverWait
 
-    WebDriverWait(page, 30).until(lambda _: condition())
+    # The page may write anew what is just being read.
+    WebDriverWait(page, 60, ignored_exceptions=[StaleElementReferenceException]).until(lambda _: condition())
 
 
 def say(page: Any, text: str, most: int) -> None:
