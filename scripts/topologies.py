@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from exaone_jax.config import ModelConfig, published, published_names, read_config
+from exaone_jax.costs.chips import CHIPS, Chip, Topology, topologies
+from exaone_jax.costs.workload import Workload, workload
 from exaone_jax.parallel import MeshShape
-from exaone_jax.planning.chips import CHIPS, Chip, Topology, topologies
 from exaone_jax.planning.compile import Compiled
 from exaone_jax.planning.memory import Memory
 from exaone_jax.planning.plan import Plan, Target, gib, make_plan, no_slice_holds, target
 from exaone_jax.planning.search import candidates, confirmed, least_memory, slices
-from exaone_jax.planning.workload import Workload, workload
 
 ROOT = Path(__file__).parents[1]
 DATA, PAGE = ROOT / "docs" / "topologies.json", ROOT / "docs" / "topologies.md"

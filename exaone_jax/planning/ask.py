@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exaone_jax.config import ModelConfig, published, read_config
+from exaone_jax.costs.workload import workload
 from exaone_jax.errors import ConfigError
 from exaone_jax.parallel import MeshShape
 from exaone_jax.planning.plan import (
@@ -21,7 +22,6 @@ from exaone_jax.planning.plan import (
     target,
 )
 from exaone_jax.planning.search import REMATS, candidates, confirmed, search
-from exaone_jax.planning.workload import workload
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,8 +9,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from exaone_jax.config import LayerSpec, ModelConfig
+from exaone_jax.costs.workload import Workload
 from exaone_jax.planning.inputs import StepInputs, device_bytes
-from exaone_jax.planning.workload import Workload
 
 _GRADIENT = 4  # bytes of float32
 

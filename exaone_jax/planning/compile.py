@@ -19,16 +19,17 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from exaone_jax.config import ModelConfig
+from exaone_jax.costs.chips import Topology
+from exaone_jax.costs.memory import program_bytes
+from exaone_jax.costs.workload import Workload
 from exaone_jax.data.packing import PackedRows
 from exaone_jax.errors import ConfigError
 from exaone_jax.model import Transformer
 from exaone_jax.model.cache import KVCache
 from exaone_jax.parallel import MeshShape, make_mesh
-from exaone_jax.planning.chips import Topology
 from exaone_jax.planning.hlo import Program, read_program
 from exaone_jax.planning.inputs import OPTIMIZER, StepInputs, abstract_model, device_bytes, step_inputs
-from exaone_jax.planning.memory import Memory, device_tokens, expert_fill, program_bytes
-from exaone_jax.planning.workload import Workload
+from exaone_jax.planning.memory import Memory, device_tokens, expert_fill
 from exaone_jax.training.loss import LossConfig
 from exaone_jax.training.step import TrainState, train_step
 

@@ -15,13 +15,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from exaone_jax.config import ModelConfig, layer_plan
 from exaone_jax.config.model import DType
+from exaone_jax.costs.workload import Mode, Workload
 from exaone_jax.errors import ConfigError
 from exaone_jax.model import Transformer
 from exaone_jax.model.cache import CACHE_AXES, KVCache, init_cache
 from exaone_jax.model.linear import Axes, RouterBias
 from exaone_jax.model.placement import ONE_DEVICE, Placement
 from exaone_jax.parallel import MeshPlacement, place, sharded_shapes
-from exaone_jax.planning.workload import Mode, Workload
 from exaone_jax.training.optimizer import adamw
 
 OPTIMIZER = adamw(optax.constant_schedule(1e-4))

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from exaone_jax.config import LayerSpec, ModelConfig
+from exaone_jax.costs.workload import Workload
 from exaone_jax.parallel import MESH_AXES
 from exaone_jax.parallel.exchange import GATHER_UP_TO, ROUND_BYTES
 from exaone_jax.planning.inputs import StepInputs, device_bytes
-from exaone_jax.planning.workload import Workload
 from pallas_kernels.linear_cross_entropy.xla import default_chunk_size
 
 _GRADIENT = 4  # bytes of float32
@@ -73,20 +72,6 @@ def estimate(config: ModelConfig, work: Workload, inputs: StepInputs) -> Memory:
     cast = params // _GRADIENT * work.itemsize if work.itemsize < _GRADIENT else 0
     temporaries = cast + max(backward, _loss(config, sizes, mesh))
     return Memory(params, device_bytes(inputs.opt_state), device_bytes(inputs.params), kept, 0, temporaries)
-
-
-def program_bytes(program: jax.stages.Compiled) -> int:
-    """All that a device allocates for a compiled program, its arguments included.
-
-    On a TPU it is what the compiler holds against the chip's HBM. jax before 0.11 does not state it: there it is arguments,
-    results and temporaries, which is up to 1.4 times as much, for buffers that follow one another in one place count twice.
-    """
-    stats = program.memory_analysis()
-    if stats is None:
-        raise RuntimeError("this backend does not say what memory its programs take")
-    parts = stats.argument_size_in_bytes + stats.temp_size_in_bytes
-    parts += stats.output_size_in_bytes - stats.alias_size_in_bytes  # what is given back in place of an argument
-    return getattr(stats, "total_allocation_bytes", parts)
 
 
 def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from exaone_jax.config import ModelConfig
+from exaone_jax.costs.chips import CHIPS, Chip, Topology, chip_named, topologies
+from exaone_jax.costs.flops import StepFlops, step_flops
+from exaone_jax.costs.workload import Workload
 from exaone_jax.errors import ConfigError
 from exaone_jax.parallel import MESH_AXES, MeshShape
-from exaone_jax.planning.chips import CHIPS, Chip, Topology, chip_named, topologies
 from exaone_jax.planning.collectives import least_bytes
-from exaone_jax.planning.flops import StepFlops, step_flops
 from exaone_jax.planning.inputs import device_bytes, step_inputs
 from exaone_jax.planning.memory import Memory, abstract_mesh, estimate
 from exaone_jax.planning.roofline import Bound, bound, least_hbm_bytes
-from exaone_jax.planning.workload import Workload
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

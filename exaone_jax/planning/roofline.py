@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from flax import nnx
 
 from exaone_jax.config import ModelConfig
-from exaone_jax.planning.chips import Chip
+from exaone_jax.costs.chips import Chip
+from exaone_jax.costs.workload import Workload
 from exaone_jax.planning.inputs import StepInputs, device_bytes
-from exaone_jax.planning.workload import Workload
 
 
 @dataclass(frozen=True)

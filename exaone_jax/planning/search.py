@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from exaone_jax.config import ModelConfig
+from exaone_jax.costs.chips import Chip, Topology, topologies
+from exaone_jax.costs.workload import Workload
 from exaone_jax.errors import ConfigError
 from exaone_jax.model.stack import Remat
 from exaone_jax.parallel import MeshShape
-from exaone_jax.planning.chips import Chip, Topology, topologies
 from exaone_jax.planning.plan import Plan, Target, make_plan, state_bytes
-from exaone_jax.planning.workload import Workload
 
 # The estimate errs: a plan that fills more than this much of a device by arithmetic is not proposed.
 _MARGIN = 0.92

@@ -19,14 +19,14 @@ from exaone_jax.checkpoints.atomic import replace_file, storage_errors
 from exaone_jax.checkpoints.convert import save_hf
 from exaone_jax.checkpoints.names import totals
 from exaone_jax.config.run import HostsConfig, RunConfig, dump_run
+from exaone_jax.costs.flops import step_flops
+from exaone_jax.costs.memory import program_bytes
+from exaone_jax.costs.workload import workload
 from exaone_jax.data.packing import PackedRows
 from exaone_jax.errors import CheckpointError, ConfigError
 from exaone_jax.inference.sampling import SamplingParams
 from exaone_jax.inference.text import complete
 from exaone_jax.parallel import hosts
-from exaone_jax.planning.flops import step_flops
-from exaone_jax.planning.memory import program_bytes
-from exaone_jax.planning.workload import workload
 from exaone_jax.training import report
 from exaone_jax.training.faults import Stop, TrainingError, Watchdog, check_replicas, locked
 from exaone_jax.training.lora import merged, save_adapter

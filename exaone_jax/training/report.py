@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from exaone_jax.planning.chips import CHIPS, Chip
+from exaone_jax.costs.chips import CHIPS, Chip
 from exaone_jax.training.trackers import Tracker
 
 METRICS, GOODPUT, CURVE = "metrics.jsonl", "goodput.jsonl", "loss.png"

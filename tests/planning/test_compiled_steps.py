@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from exaone_jax.config import published, read_config
+from exaone_jax.costs.workload import workload
 from exaone_jax.parallel import MeshShape
 from exaone_jax.planning.plan import Plan, gib, make_plan, target
-from exaone_jax.planning.workload import workload
 
 
 @dataclasses.dataclass(frozen=True)

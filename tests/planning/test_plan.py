@@ -9,16 +9,16 @@ import jax
 import pytest
 
 from exaone_jax.config import LayerSpec, ModelConfig
+from exaone_jax.costs.chips import CHIPS, Topology, topologies
+from exaone_jax.costs.flops import step_flops
+from exaone_jax.costs.workload import Workload
 from exaone_jax.errors import ConfigError
 from exaone_jax.parallel import MeshShape, make_mesh
-from exaone_jax.planning.chips import CHIPS, Topology, topologies
 from exaone_jax.planning.compile import Compiled, compile_step
-from exaone_jax.planning.flops import step_flops
 from exaone_jax.planning.inputs import device_bytes, step_inputs
 from exaone_jax.planning.memory import abstract_mesh, estimate
 from exaone_jax.planning.plan import Plan, Target, make_plan, remedy, state_bytes
 from exaone_jax.planning.search import confirmed, search, slices
-from exaone_jax.planning.workload import Workload
 from tests.parallel.small_model import CONFIG as EVERY_LAYER
 from tests.test_cli import run_json
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from exaone_jax.config import published_names
+from exaone_jax.costs.chips import CHIPS, Topology
+from exaone_jax.costs.workload import workload
 from exaone_jax.errors import ConfigError
 from exaone_jax.parallel import MeshShape
-from exaone_jax.planning.chips import CHIPS, Topology
 from exaone_jax.planning.compile import Compiled
 from exaone_jax.planning.plan import Plan, make_plan, target
-from exaone_jax.planning.workload import workload
 from scripts import topologies
 
 ROWS = topologies.read()

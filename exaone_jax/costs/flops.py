@@ -7,7 +7,7 @@ in training, the multi-token-prediction layer. Not counted: norms, rotations, so
 from dataclasses import dataclass
 
 from exaone_jax.config import LayerSpec, ModelConfig
-from exaone_jax.planning.workload import Workload
+from exaone_jax.costs.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import pytest
 
 from exaone_jax.config import published, read_config
+from exaone_jax.costs.flops import forward_flops, step_flops, visible_keys
+from exaone_jax.costs.workload import workload
 from exaone_jax.errors import ConfigError
-from exaone_jax.planning.flops import forward_flops, step_flops, visible_keys
 from exaone_jax.planning.inspect import inspect_model
-from exaone_jax.planning.workload import workload
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 9, 40])
