@@ -31,7 +31,7 @@ SHAPE = dict(
 )  # fmt: skip
 EXPERTS = dict(
     num_experts=32, num_experts_per_tok=4, num_shared_experts=1, moe_intermediate_size=512, first_k_dense_replace=1,
-    mlp_layer_types=["dense"] + ["sparse"] * (LAYERS - 1), routed_scaling_factor=2.5,
+    routed_scaling_factor=2.5,
 )  # fmt: skip
 HYBRID = ["sliding_attention"] * 3 + ["full_attention"]
 
@@ -62,18 +62,24 @@ ROWS = [
 ]  # fmt: skip
 
 
-def save_random(directory: str, kind: str, dtype: str) -> None:
-    """A random model: `hybrid` (EXAONE 4.0, window 128, 3 local : 1 global), `global` (no window), `moe` (K-EXAONE)."""
+def save_random(directory: str, kind: str, dtype: str, **changes: Any) -> None:
+    """A random model: `hybrid` (EXAONE 4.0, window 128, 3 local : 1 global), `global` (no window), `moe` (K-EXAONE).
+
+    changes: of SHAPE.
+    """
     import torch
     import transformers
 
     torch.manual_seed(0)
-    types = ["full_attention"] * LAYERS if kind == "global" else HYBRID * (LAYERS // 4)
+    shape = SHAPE | changes
+    layers = shape["num_hidden_layers"]
+    types = ["full_attention"] * layers if kind == "global" else HYBRID * (layers // 4)
     window = dict(sliding_window=None if kind == "global" else 128, layer_types=types)
     if kind == "moe":
-        model = transformers.ExaoneMoeForCausalLM(transformers.ExaoneMoeConfig(**SHAPE, **window, **EXPERTS))
+        mlps = dict(mlp_layer_types=["dense"] + ["sparse"] * (layers - 1))
+        model = transformers.ExaoneMoeForCausalLM(transformers.ExaoneMoeConfig(**shape, **window, **EXPERTS, **mlps))
     else:
-        model = transformers.Exaone4ForCausalLM(transformers.Exaone4Config(**SHAPE, **window))
+        model = transformers.Exaone4ForCausalLM(transformers.Exaone4Config(**shape, **window))
     transformers.logging.disable_progress_bar()
     model.to(getattr(torch, dtype)).save_pretrained(directory)
 
