@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
+from exaone_jax.checkpoints.convert import save_hf
+from exaone_jax.model import Transformer
 from exaone_jax.training.saves import read_step, saved_steps, step_folder, sweep
 from exaone_jax.training.setup import set_up
 from tests.training.runs import small_run, yaml_file
@@ -81,6 +84,24 @@ def test_processes_and_devices_do_not_matter(tmp_path: Path) -> None:
     ended = finish(start(parts, processes=4, devices=1))
     assert "going on from" in ended[0][1]
     assert final(ended[0]) == expected
+
+
+@pytest.mark.slow
+def test_adapters_are_the_same_of_any_processes(tmp_path: Path) -> None:
+    """Beside a base in 4 bits: hash for hash, and in PEFT's file byte for byte."""
+    config = set_up(small_run(tmp_path)).model
+    save_hf(nnx.state(Transformer(config, rngs=nnx.Rngs(3))), config, tmp_path / "base")
+    changes = {"model": None, "init_from": str(tmp_path / "base"), "lora": {"rank": 2, "base": "nf4"}, "mesh": "fsdp=4"}
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    for folder in (straight, parts):
+        folder.mkdir()
+        yaml_file(folder, **changes)
+    expected = final(finish(start(straight, devices=4, gloo=True))[0])
+    halves = finish(start(parts, "stop_after=3", processes=2, devices=2))
+    assert [code for code, _, _ in halves] == [0, 0], halves
+    assert final(finish(start(parts, processes=4, devices=1))[0]) == expected
+    files = [folder / "run" / "adapter" / "adapter_model.safetensors" for folder in (straight, parts)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_sigterm_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
