@@ -11,6 +11,7 @@ from exaone_jax.inference.generate import Decoding, FinishReason, TokenOutput
 from exaone_jax.inference.sampling import SamplingParams, sampling_params
 from exaone_jax.model import Transformer
 from exaone_jax.text import ChatTemplate, EncodedChat, IncrementalDecoder, Tokenizer, encode_chat
+from exaone_jax.text.markers import held_back
 from exaone_jax.text.response import Event, ResponseParser
 
 _ROUNDS_BETWEEN_LOOKS = 8  # rounds on the device between two looks for stop strings
@@ -64,7 +65,7 @@ class StopStrings:
             self.stopped = True
             shown, self._held = self._held[: min(found)[1]], ""
             return shown
-        keep = max((n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        keep = held_back(self._held, *self._stop)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         self._passed = max(0, self._passed - len(shown))
         return shown

@@ -79,7 +79,7 @@ def _generation(served: Served) -> APIRouter:
 
     @router.post("/tokenize")
     async def to_ids(asked: TokenizeRequest) -> Response:
-        return JSONResponse(await tokenize(served, asked))
+        return await tokenize(served, asked)
 
     @router.post("/detokenize")
     async def to_text(asked: DetokenizeRequest) -> Response:

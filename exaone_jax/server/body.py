@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastapi.routing import APIRoute
 from exaone_jax.server.errors import ApiError
 
 MAX_BODY_BYTES = 16 << 20
+_LONG = 1 << 16  # bytes that take long enough to parse that others would notice
 _SECONDS = 30.0  # a body that stalls holds a connection no longer
 
 
@@ -43,7 +45,8 @@ class _StrictRequest(Request):
         return b"".join(pieces)
 
     async def json(self) -> Any:
-        return parse_json(await self.body())
+        body = await self.body()
+        return parse_json(body) if len(body) < _LONG else await asyncio.to_thread(parse_json, body)
 
 
 def parse_json(raw: bytes) -> Any:
@@ -76,8 +79,8 @@ def _finite(text: str) -> float:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"the name {twice[:100]!r} comes twice in one object")
     return found
 

@@ -83,6 +83,10 @@ def _invalid(error: RequestValidationError) -> ApiError:
     param = where[0] if where else None
     if problem["type"] == "extra_forbidden":
         return ApiError(400, f"{'.'.join(where)}: this field is not supported", param=param, code="unsupported_field")
+    if problem["type"] == "value_error" and not where:
+        message = str(problem["ctx"]["error"])  # of fields that do not agree; it names the first itself
+        named = _FIELD.match(message)
+        return ApiError(400, message, param=named and named[1])
     if problem["type"] == "json_invalid" or not where:
         return ApiError(400, f"the body must be a JSON object: {problem['msg']}")
     return ApiError(400, f"{'.'.join(where)}: {problem['msg']}", param=param)

@@ -2,16 +2,26 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 MAX_CHOICES = 32
 MAX_PROMPTS = 256
 MAX_LOGPROBS = 20
 MAX_GRAMMAR = 1 << 16
+_MAX_KEYS = 1024
+
+
+def _few_keys(value: Any) -> Any:
+    """Before anything is said of each key: hundreds of thousands of errors take longer than all else that the server does."""
+    if isinstance(value, dict) and len(value) > _MAX_KEYS:
+        raise ValueError(f"{len(value)} keys; expected at most {_MAX_KEYS}")
+    return value
+
 
 _Text = Annotated[str, Field(min_length=1, max_length=1024)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-_Ids = Annotated[list[_TokenId], Field(min_length=1)]
+_FIRST_ERROR = Field(fail_fast=True)  # of long lists
+_Ids = Annotated[list[_TokenId], Field(min_length=1), _FIRST_ERROR]
 
 
 _AnyNull: dict[str, Any] = {"type": "null"}
@@ -41,6 +51,11 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, given: Any) -> Any:
+        return _few_keys(given)
+
 
 class StreamOptions(Request):
     """include_usage: a last chunk tells the tokens used; continuous_usage_stats: every chunk does."""
@@ -68,7 +83,8 @@ class Sampling(Request):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100.0, le=100.0)]],
-            Field(max_length=1024),
+            Field(max_length=_MAX_KEYS),
+            BeforeValidator(_few_keys),
         ]
         | None
     ) = None
@@ -177,7 +193,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 class ChatRequest(Generation):
     """POST /v1/chat/completions. `messages` are checked by exaone_jax.text, which knows what templates take."""
 
-    messages: list[_Message] = Field(min_length=1, max_length=65536)
+    messages: list[_Message] = Field(min_length=1, max_length=65536, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -209,7 +225,14 @@ class CompletionRequest(Generation):
     max_tokens may be 0 with echo: only the prompt is told.
     """
 
-    prompt: str | _Ids | Annotated[list[str] | list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: (
+        str
+        | _Ids
+        | Annotated[
+            Annotated[list[str], _FIRST_ERROR] | Annotated[list[_Ids], _FIRST_ERROR],
+            Field(min_length=1, max_length=MAX_PROMPTS),
+        ]
+    )
     max_tokens: int | None = Field(default=16, ge=0, lt=2**31)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
@@ -257,7 +280,7 @@ class ResponsesStreamOptions(Request):
 class ResponsesRequest(Sampling):
     """POST /v1/responses. Input items are checked where they become messages. Nothing is stored."""
 
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=65536)]
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=65536, fail_fast=True)]
     model: str | None = Field(default=None, max_length=1024)
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
@@ -270,7 +293,10 @@ class ResponsesRequest(Sampling):
     reasoning: Reasoning | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
-    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    metadata: (
+        Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16), BeforeValidator(_few_keys)]
+        | None
+    ) = None
     store: Literal[False] | None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
@@ -285,7 +311,7 @@ class TokenizeRequest(Request):
 
     model: str | None = Field(default=None, max_length=1024)
     prompt: str | None = None
-    messages: list[_Message] | None = Field(default=None, min_length=1, max_length=65536)
+    messages: Annotated[list[_Message], _FIRST_ERROR] | None = Field(default=None, min_length=1, max_length=65536)
     tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
     add_generation_prompt: bool | None = None
@@ -308,4 +334,4 @@ class DetokenizeRequest(Request):
     """POST /detokenize."""
 
     model: str | None = Field(default=None, max_length=1024)
-    tokens: Annotated[list[_TokenId], Field(max_length=1 << 20)]
+    tokens: Annotated[list[_TokenId], Field(max_length=1 << 20, fail_fast=True)]

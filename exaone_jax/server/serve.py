@@ -1,5 +1,6 @@
 """`exaone-jax serve`: load a checkpoint, compile the engine, listen, and end in good order."""
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import h11
 import jax
 import uvicorn
 from pydantic import ValidationError
@@ -29,6 +31,8 @@ from exaone_jax.server.body import MAX_BODY_BYTES
 from exaone_jax.server.guard import Guard, JsonLines, log, say
 from exaone_jax.server.served import Served
 from exaone_jax.text import ChatTemplate, Tokenizer
+
+HEAD_SECONDS = 30.0  # for the head of a request, so that nobody holds connections by dawdling
 
 _CHAT_ROUTES = "/v1/chat/completions, /v1/responses"
 _TEXT_ROUTES = f"{_CHAT_ROUTES}, /tokenize, /detokenize, and /v1/completions with text"
@@ -95,7 +99,7 @@ def serve(config: ServeConfig) -> bool:
         app = make_app(served, max_body_bytes=config.max_body_bytes)
         settings = uvicorn.Config(
             Guard(app, keys),
-            http=_Http,
+            http=Http,
             ws="none",
             lifespan="off",
             access_log=False,
@@ -130,8 +134,32 @@ def _follow(config: ServeConfig) -> bool:
     return True
 
 
-class _Http(H11Protocol):
-    """Answers what is no HTTP with the error body of everything else."""
+class Http(H11Protocol):
+    """Answers what is no HTTP with the error body of everything else, and hangs up on who does not finish a request's head."""
+
+    _hurry: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._hurry is not None:
+            self._hurry.cancel()
+
+    def _watch_head(self) -> None:
+        """One timer for a head, however many pieces it comes in."""
+        if self.conn.their_state is not h11.IDLE:
+            if self._hurry is not None:
+                self._hurry.cancel()
+            self._hurry = None
+        elif self._hurry is None:
+            self._hurry = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         body = b'{"error":{"message":"not an HTTP request that can be read","type":"invalid_request_error",'

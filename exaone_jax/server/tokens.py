@@ -3,16 +3,24 @@
 import asyncio
 from typing import Any
 
+from fastapi import Response
+from fastapi.responses import JSONResponse
+
 from exaone_jax.server.chat import encode
 from exaone_jax.server.protocol import DetokenizeRequest, TokenizeRequest
 from exaone_jax.server.served import Served, check_ids, token_text
 
 
-async def tokenize(served: Served, asked: TokenizeRequest) -> dict[str, Any]:
+async def tokenize(served: Served, asked: TokenizeRequest) -> Response:
     served.check_model(asked.model)
-    ids = await asyncio.to_thread(_ids, served, asked)
+    return await asyncio.to_thread(_told, served, asked)  # millions of tokens take a while
+
+
+def _told(served: Served, asked: TokenizeRequest) -> Response:
+    ids = _ids(served, asked)
     strings = [token_text(served.tokenizer, token) for token in ids] if asked.return_token_strs else None
-    return {"count": len(ids), "max_model_len": served.max_length, "tokens": ids, "token_strs": strings}
+    told = {"count": len(ids), "max_model_len": served.max_length, "tokens": ids, "token_strs": strings}
+    return JSONResponse(told)
 
 
 def _ids(served: Served, asked: TokenizeRequest) -> list[int]:

@@ -212,13 +212,21 @@ class _XmlScan:
             self._position = found.end()
 
 
-_FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
+_FENCES = ("```json", "```")
+
+
+def _unfenced(body: str) -> str:
+    """A call without the Markdown fence that it may stand in. No regular expression: many blanks would take one for ever."""
+    inner = body.strip()
+    fence = next((fence for fence in _FENCES if inner.startswith(fence)), "")
+    first, _, rest = inner.removeprefix(fence).partition("\n")
+    call, _, last = rest.rpartition("\n")
+    return call if fence and not first.strip() and last.strip() == "```" else body
 
 
 def _parse_json_call(body: str) -> tuple[str, str]:
     """(name, arguments as JSON text) of `{"name": …, "arguments": …}`, which may stand in a Markdown fence."""
-    fenced = _FENCE.fullmatch(body)
-    call = _load_json(fenced.group(1) if fenced else body)
+    call = _load_json(_unfenced(body))
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
         raise _BadCall("expected a JSON object with a name")
     arguments = call.get("arguments", {})

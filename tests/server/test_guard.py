@@ -1,16 +1,22 @@
 """Who may come in, what bodies may be, and how long a request may take."""
 
 import asyncio
+import contextlib
 import json
+import socket
+import time
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from exaone_jax.inference.service import EngineDiedError, OverloadedError
 from exaone_jax.server import body as body_module
+from exaone_jax.server import serve as serve_module
 from exaone_jax.server.app import make_app
 from exaone_jax.server.guard import Guard
+from exaone_jax.server.serve import Http
 from tests.server.scripted import ScriptedService, client, served
 
 KEY = "sk-엑사원-1"
@@ -203,3 +209,86 @@ def test_a_choice_too_many_cancels_those_before():
     service = OneOnly([""])
     assert_error(call("POST", "/v1/completions", json={"prompt": "x", "n": 3}, service=service), 503)
     assert sorted(service.cancelled) == [0, 1]
+
+
+@contextlib.asynccontextmanager
+async def listening():
+    """The app on a port of its own, behind the server's own protocol."""
+    settings = uvicorn.Config(
+        Guard(make_app(served(ScriptedService(["hi"]))), []), http=Http, lifespan="off", log_config=None
+    )
+    server, listener = uvicorn.Server(settings), socket.create_server(("127.0.0.1", 0))
+    with contextlib.closing(listener):
+        running = asyncio.create_task(server.serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        await running
+
+
+def test_who_does_not_finish_a_head_is_hung_up_on(monkeypatch: pytest.MonkeyPatch):
+    """Whether nothing comes at all or a little at a time, first or after a request; who is answered slowly is not."""
+    monkeypatch.setattr(serve_module, "HEAD_SECONDS", 0.5)
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+    async def dawdle(port: int, begin: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(begin)
+        reading = asyncio.create_task(reader.read())
+        for _ in range(100):
+            if reading.done():
+                break
+            with contextlib.suppress(ConnectionError):
+                writer.write(b"a")
+            await asyncio.sleep(0.05)
+        writer.close()
+        return await asyncio.wait_for(reading, 5)
+
+    async def body_in_pieces(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = b'{"prompt": "x"}'
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        )
+        writer.write(head % len(body))
+        for byte in body:
+            await asyncio.sleep(0.08)
+            writer.write(bytes([byte]))
+        found = await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        return found
+
+    async def main() -> None:
+        async with listening() as port:
+            found = await asyncio.gather(
+                dawdle(port, b""),
+                dawdle(port, b"GET / HTTP/1.1\r\nx: "),
+                dawdle(port, whole + b"GET /"),
+                body_in_pieces(port),
+            )
+            assert [reply[:12] for reply in found] == [b"", b"", b"HTTP/1.1 200", b"HTTP/1.1 200"]
+
+    asyncio.run(main())
+
+
+SLOW_TO_REFUSE = {
+    "a name twice, among many": b'{"prompt":"x",' + b",".join(b'"%d":0' % i for i in range(300_000)) + b',"7":1}',
+    "no token ids": b'{"prompt": [' + b"1.5," * 1_000_000 + b"1.5]}",
+    "no token ids, in lists": b'{"prompt": [' + b",".join([b"[" + b"1.5," * 5000 + b"1]"] * 200) + b"]}",
+    "a long bias": b'{"prompt":"x","logit_bias":{' + b",".join(b'"a%d":"x"' % i for i in range(300_000)) + b"}}",
+    "fields": b'{"prompt":"x",' + b",".join(b'"a%d":0' % i for i in range(300_000)) + b"}",
+    "stop strings": b'{"prompt":"x","stop":[' + b'"s",' * 1_000_000 + b'"s"]}',
+    "messages": b'{"messages":[' + b"1," * 60_000 + b"1]}",
+    "brackets": b"[" * 4_000_000,
+    "objects": b'{"prompt":"x","a":[' + b"{}," * 1_000_000 + b"1]}",
+}
+
+
+@pytest.mark.parametrize("body", SLOW_TO_REFUSE.values(), ids=SLOW_TO_REFUSE)
+def test_what_is_wrong_a_million_times_is_refused_soon(body: bytes):
+    """Each took 5 s to hours where every error was told, or every name compared with every other."""
+    path = "/v1/chat/completions" if b"messages" in body else "/v1/completions"
+    started = time.monotonic()
+    assert_error(call("POST", path, content=body, headers={"content-type": "application/json"}), 400)
+    assert time.monotonic() - started < 10

@@ -1,4 +1,5 @@
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -290,3 +291,23 @@ def test_a_number_that_is_not_json_makes_no_call(number):
     events = parser.feed(f'<tool_call>{{"name": "f", "arguments": {{"a": {number}}}}}</tool_call>') + parser.flush()
     (piece,) = events
     assert isinstance(piece, TextPiece) and "not JSON" in (piece.error or "")
+
+
+@pytest.mark.parametrize("body", ["```" + "\n" * 20_000, "```json" + "\n " * 20_000, "```\n" + "\n```" * 10_000])
+def test_a_call_of_blanks_is_read_soon(body):
+    """A regular expression took half a minute for 3000 newlines."""
+    parser = ToolCallParser("json", TOOLS)
+    started = time.monotonic()
+    events = parser.feed(f"<tool_call>{body}</tool_call>") + parser.flush()
+    assert time.monotonic() - started < 5
+    assert [type(event) for event in events] == [TextPiece]
+
+
+@pytest.mark.parametrize(
+    "fenced", ["```json\n{}\n```", "```\n{}\n```", "\n```json  \n\n{}\n  ```\n", "```json\n{}\n\n```"], ids=repr
+)
+def test_a_call_may_stand_in_a_fence(fenced):
+    call = fenced.replace("{}", '{"name": "f", "arguments": {"a": "```"}}')
+    parser = ToolCallParser("json", TOOLS)
+    (found,) = parser.feed(f"<tool_call>{call}</tool_call>") + parser.flush()
+    assert isinstance(found, ToolCall) and json.loads(found.arguments) == {"a": "```"}
