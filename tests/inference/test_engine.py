@@ -480,13 +480,14 @@ def test_no_step_copies_the_pages(drafts: int):
 # On a mesh
 
 
-def test_on_a_mesh():
+@pytest.mark.parametrize("shape", ["expert=2,tensor=2", "data=2,tensor=2"])
+def test_on_a_mesh(shape: str):
     from flax import nnx
 
     from exaone_jax.parallel import init_model
     from tests.parallel.small_model import moved
 
-    mesh = make_mesh(MeshShape.parse("expert=2,tensor=2"), devices=jax.devices()[:4])
+    mesh = make_mesh(MeshShape.parse(shape), devices=jax.devices()[:4])
     model = init_model(K_EXAONE, mesh)
     nnx.update(model, moved(nnx.state(model_of("k-exaone")), nnx.state(model), mesh))
     engine = Engine(model, EngineConfig(**SMALL, draft_tokens=2, kv_bytes=400_000))
