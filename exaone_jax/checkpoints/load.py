@@ -100,15 +100,18 @@ def read_open(
     *,
     dtype: DTypeLike | None = None,
     mesh_shardings: Mapping[ParameterPath, jax.sharding.Sharding] | None = None,
-) -> dict[ParameterPath, jax.Array]:
-    """`read_params` of a checkpoint that `open_checkpoint` opened."""
+    each: Callable[[ParameterPath, jax.Array], Any] = lambda _, array: array,
+) -> dict[ParameterPath, Any]:
+    """`read_params` of a checkpoint that `open_checkpoint` opened. each: what becomes of an array before the next is read."""
     result = {}
     for path, parameter in parameters(config).items():
         read = _reader(checkpoint, parameter, dtype)
         if mesh_shardings is None:
-            result[path] = jax.device_put(read(tuple(slice(0, size) for size in parameter.shape)))
+            array = jax.device_put(read(tuple(slice(0, size) for size in parameter.shape)))
         else:
-            result[path] = _sharded(parameter, mesh_shardings[path], read)
+            array = _sharded(parameter, mesh_shardings[path], read)
+        result[path] = each(path, array)
+        del array  # or it is there until the next one is
     return result
 
 

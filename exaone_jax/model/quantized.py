@@ -29,9 +29,7 @@ class Quantized(nnx.Module):
 
     def __init__(self, weight: jax.Array, axes: Axes, kind: Kind):
         self.kind: Kind = kind
-        to_codes = _to_int8 if kind == "int8" else _to_nf4
-        stacked = axes[0] == "layers"  # one layer after the other: only one is wide at a time
-        codes, scale = jax.lax.map(to_codes, weight) if stacked else to_codes(weight)
+        codes, scale = quantise(weight, axes, kind)
         self.codes, self.scale = Frozen(codes, axes=axes), Frozen(scale, axes=(*axes[:-1], "rank"))
 
     def __getitem__(self, index: Any) -> jax.Array:
@@ -43,6 +41,12 @@ class Quantized(nnx.Module):
     def get_metadata(self, name: str) -> Any:
         """As that of the variable that this replaces."""
         return self.codes.get_metadata(name)
+
+
+def quantise(weight: jax.Array, axes: Axes, kind: Kind) -> tuple[jax.Array, jax.Array]:
+    """The codes and scale of `Quantized`."""
+    of = _to_int8 if kind == "int8" else _to_nf4
+    return jax.lax.map(of, weight) if axes[0] == "layers" else of(weight)  # only one layer is wide at a time
 
 
 def _to_int8(weight: jax.Array) -> tuple[jax.Array, jax.Array]:

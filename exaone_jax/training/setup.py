@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from exaone_jax.errors import ConfigError
 from exaone_jax.model import Transformer
 from exaone_jax.model.linear import Frozen, RouterBias
 from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE
+from exaone_jax.model.quantized import quantise
 from exaone_jax.parallel import MeshShape, make_mesh, partition_spec, place, sharded_shapes
 from exaone_jax.text import ChatTemplate, Tokenizer, detect_generation, train_bpe
 from exaone_jax.training.lora import adapt, base_digest, base_dtype
@@ -38,6 +39,7 @@ from exaone_jax.training.saves import Identity
 from exaone_jax.training.step import Graph, Guard, TrainState, fresh_state
 
 _BYTES = "bytes"
+_Each = Callable[[ParameterPath, jax.Array], Any]
 _BYTE_VOCABULARY = 618  # EXAONE's 362 added tokens and the 256 bytes
 
 
@@ -145,32 +147,59 @@ def initial_state(setup: Setup) -> TrainState:
             return fresh(params, biases)
 
         return jax.jit(make, out_shardings=shardings)()
-    if run.lora is None:
-        parts = _read(Path(run.init_from), (setup.like.params, setup.like.router_biases), "float32")
-        return jax.jit(fresh, out_shardings=shardings, donate_argnums=(0, 1))(*parts)
-    graphdef, like = _abstract(run.model_copy(update={"lora": None}), setup.model, setup.mesh, setup.optimizer)
-    parts = _read(Path(run.init_from), like.model[:2], base_dtype(run.lora))
-
-    def beside(*parts: nnx.State) -> TrainState:
-        model = nnx.merge(graphdef, *parts)
-        adapt(model, cast(LoraConfig, run.lora), nnx.Rngs(run.seed))
-        return fresh(*nnx.split(model, nnx.Param, RouterBias, Frozen)[1:])
-
-    donated = () if run.lora.base in ("int8", "nf4") else (0, 1)
-    return jax.jit(beside, out_shardings=shardings, donate_argnums=donated)(*parts)
+    if run.lora is not None:
+        return _beside_checkpoint(setup, run.lora, shardings, fresh)
+    parts = (setup.like.params, setup.like.router_biases)
+    values = _read(Path(run.init_from), parts, "float32")
+    return jax.jit(fresh, out_shardings=shardings, donate_argnums=(0, 1))(*(_filled(part, values) for part in parts))
 
 
-def _read(path: Path, like: tuple[nnx.State, ...], dtype: str) -> tuple[nnx.State, ...]:
+def _beside_checkpoint(
+    setup: Setup, lora: LoraConfig, shardings: TrainState, fresh: Callable[..., TrainState]
+) -> TrainState:
+    """Fresh adapters, and the model frozen: quantised array by array, so that no more than one is there in 16 bits."""
+    run, like = setup.config, setup.like
+    _, source = _abstract(run.model_copy(update={"lora": None}), setup.model, setup.mesh, setup.optimizer)
+    frozen = dict(nnx.to_flat_state(like.frozen))
+    axes = {path: variable.get_metadata("axes") for path, variable in nnx.to_flat_state(source.params)}
+
+    def kept(path: ParameterPath, array: jax.Array) -> Any:
+        if (*path, "codes") not in frozen:
+            return array
+        out = tuple(frozen[(*path, name)].get_value().sharding for name in ("codes", "scale"))
+        found = jax.jit(quantise, static_argnums=(1, 2), out_shardings=out)(array, axes[path], lora.base)
+        return dict(zip(("codes", "scale"), jax.block_until_ready(found), strict=True))
+
+    def make() -> TrainState:
+        model = Transformer(setup.model, rngs=nnx.Rngs(0))  # nothing reads its own weights, so the program has none
+        adapt(model, lora, nnx.Rngs(run.seed))
+        return fresh(nnx.state(model, nnx.Param), nnx.State({}))
+
+    values = _read(Path(cast(str, run.init_from)), source.model[:2], base_dtype(lora), kept)
+    bare = dataclasses.replace(shardings, router_biases=nnx.State({}), frozen=nnx.State({}))
+    adapters = jax.jit(make, out_shardings=bare)()
+    biases, base = (_filled(part, values) for part in (like.router_biases, like.frozen))
+    return dataclasses.replace(adapters, router_biases=biases, frozen=base)
+
+
+def _read(
+    path: Path, like: tuple[nnx.State, ...], dtype: str, each: _Each = lambda _, array: array
+) -> dict[ParameterPath, Any]:
     """What a checkpoint has for states of jax.ShapeDtypeStructs with shardings."""
-    parts = [list(nnx.to_flat_state(part)) for part in like]
-    shardings = {key: variable.get_value().sharding for part in parts for key, variable in part}
+    flat = (pair for part in like for pair in nnx.to_flat_state(part))
+    shardings = {cast(ParameterPath, key): variable.get_value().sharding for key, variable in flat}
     config, checkpoint = open_checkpoint(path)
     with checkpoint:
-        values = read_open(config, checkpoint, dtype=dtype, mesh_shardings=cast(dict[ParameterPath, Any], shardings))
-    return tuple(
-        nnx.from_flat_state([(key, variable.replace(values[cast(ParameterPath, key)])) for key, variable in part])
-        for part in parts
-    )
+        return read_open(config, checkpoint, dtype=dtype, mesh_shardings=shardings, each=each)
+
+
+def _filled(like: nnx.State, values: dict[ParameterPath, Any]) -> nnx.State:
+    """A state with these values; of an array that became several, each by its name."""
+    leaves = []
+    for path, variable in nnx.to_flat_state(like):
+        *lead, name = path = cast(ParameterPath, path)
+        leaves.append((path, variable.replace(values[path] if path in values else values[tuple(lead)][name])))
+    return nnx.from_flat_state(leaves)
 
 
 @cache  # the same for the same: a second run in a process finds its step compiled

@@ -13,7 +13,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import exaone_jax
+from exaone_jax.checkpoints import load
 from exaone_jax.checkpoints.convert import save_hf
+from exaone_jax.checkpoints.names import Parameter
 from exaone_jax.config import ModelConfig
 from exaone_jax.config.run import LoraConfig
 from exaone_jax.data import pack
@@ -247,6 +249,23 @@ def test_what_cannot_be_is_refused_by_name(lora: dict[str, object], message: str
 def test_a_base_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         train(lora_run(tmp_path, tmp_path / "nowhere"))
+
+
+def test_a_base_is_quantised_as_it_is_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a matrix is read, none of those before it is there in another form than its codes."""
+    setup, alive, read = set_up(lora_run(tmp_path, base, lora={"base": "int8"})), [], load._sharded
+    codes = [value.shape for path, value in nnx.to_flat_state(setup.like.frozen) if path[-1] == "codes"]
+
+    def noted(parameter: Parameter, *args) -> jax.Array:
+        if (
+            parameter.path[0] == "segments"
+        ):  # that layer's matrices stay in bfloat16, those of multi-token prediction too
+            alive.append(sum(x.dtype == jnp.bfloat16 and x.ndim > 2 and x.shape in codes for x in jax.live_arrays()))
+        return read(parameter, *args)
+
+    monkeypatch.setattr(load, "_sharded", noted)
+    initial_state(setup)
+    assert len(alive) > len(codes) > 10 and not any(alive)
 
 
 def test_the_fresh_adapters_do_not_depend_on_the_mesh(base: Path, tmp_path: Path) -> None:
