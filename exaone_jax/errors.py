@@ -19,6 +19,10 @@ class InputError(ExaoneError, ValueError):
     """A request (prompt, token ids, sampling parameters, shapes) is wrong."""
 
 
+class TooLongError(InputError):
+    """A text has more tokens than there is use for."""
+
+
 class StorageError(ExaoneError, OSError):
     """The machine could not store what was asked for: no space, no permission, an output that exists."""
 

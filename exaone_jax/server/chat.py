@@ -51,10 +51,12 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         known = _MESSAGE_FIELDS.get(str(given.get("role")))
         if known and (unknown := sorted(given.keys() - known)):
             raise refused(f"{where}.{unknown[0]}", f"not supported in a message of role {given['role']}")
-        if given.get("role") == "tool" and (call := given.pop("tool_call_id", None)) not in calls:
+        call = given.pop("tool_call_id", None) if given.get("role") == "tool" else ""
+        if given.get("role") == "tool" and not (isinstance(call, str) and call in calls):
             raise refused(f"{where}.tool_call_id", f"{call!r} is no id of a tool call before")
         if isinstance(given.get("tool_calls"), list):
-            calls |= {str(call.get("id")) for call in given["tool_calls"] if isinstance(call, dict)}
+            ids = [call.get("id") for call in given["tool_calls"] if isinstance(call, dict)]
+            calls |= {each for each in ids if isinstance(each, str)}
         checked.append(given)
     return checked
 
@@ -73,6 +75,7 @@ def encode(
         served.chat_template,
         tools=as_dicts(tools),
         add_generation_prompt=add_generation_prompt,
+        most_tokens=served.max_length,
         **({} if kwargs is None else kwargs.model_dump(exclude_none=True)),
     )
 

@@ -24,10 +24,16 @@ def prompt_ids(
 ) -> list[list[int]]:
     """Every prompt as token ids. Takes its time where they are long: not for the event loop."""
     several: Any = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    ids = [served.tokenizer.encode(each) if isinstance(each, str) else list(each) for each in several]
+    ids = [encode_text(served, each) if isinstance(each, str) else list(each) for each in several]
     if [] in ids:
         raise refused("prompt", "empty; expected at least one token")
     return ids
+
+
+def encode_text(served: Served, text: str, *, add_special: bool = False) -> list[int]:
+    """A text as token ids. Raises TooLongError for one that is far longer than the context."""
+    served.tokenizer.check_length(text, served.max_length)
+    return served.tokenizer.encode(text, add_special=add_special)
 
 
 class _Choice:

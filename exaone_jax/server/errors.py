@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from exaone_jax.errors import InputError
+from exaone_jax.errors import InputError, TooLongError
 from exaone_jax.inference.service import EngineDiedError, EngineStuckError, OverloadedError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 503: "overloaded_error", 504: "timeout_error"}
@@ -59,7 +59,8 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, InputError):
         named = _FIELD.match(str(error))
-        return ApiError(400, str(error), param=named and (named[3] or named[1] + named[2]))
+        code = "context_length_exceeded" if isinstance(error, TooLongError) else None
+        return ApiError(400, str(error), param=named and (named[3] or named[1] + named[2]), code=code)
     if isinstance(error, OverloadedError):
         return ApiError(503, str(error), code="queue_full", headers={"Retry-After": _RETRY_AFTER})
     if isinstance(error, EngineStuckError):

@@ -7,6 +7,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from exaone_jax.server.chat import encode
+from exaone_jax.server.completions import encode_text
 from exaone_jax.server.protocol import DetokenizeRequest, TokenizeRequest
 from exaone_jax.server.served import Served, check_ids, token_text
 
@@ -27,7 +28,7 @@ def _ids(served: Served, asked: TokenizeRequest) -> list[int]:
     if asked.messages is not None:
         begins = asked.add_generation_prompt is not False
         return encode(served, asked.messages, asked.tools, asked.chat_template_kwargs, begins).ids
-    return served.tokenizer.encode(asked.prompt or "", add_special=bool(asked.add_special_tokens))
+    return encode_text(served, asked.prompt or "", add_special=bool(asked.add_special_tokens))
 
 
 async def detokenize(served: Served, asked: DetokenizeRequest) -> dict[str, Any]:

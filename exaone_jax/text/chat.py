@@ -49,24 +49,28 @@ def encode_chat(
     tools: Any = None,
     enable_thinking: bool | None = None,
     add_generation_prompt: bool = True,
+    most_tokens: int | None = None,
     **template_kwargs: Any,
 ) -> EncodedChat:
     """The prompt's token ids; what users write can never become a control token.
 
-    Arguments and errors are those of `render_chat`. `template` must be made for this tokenizer.
+    Arguments and errors are those of `render_chat`. `template` must be made for this tokenizer. most_tokens: of a prompt that
+    has far more (see `Tokenizer.check_length`) TooLongError is raised, and not all are made.
     """
     request = prepare(messages, template, tools, enable_thinking, template_kwargs)
     marker = Marker(tokenizer, template, request)
     if not marker.needed:
         text = template.render(request.messages, request.tools, add_generation_prompt, request.kwargs)
+        if most_tokens is not None:
+            tokenizer.check_length(text, most_tokens)
         ids = tokenizer.encode(text, allow_special=True)
         return EncodedChat(ids, text, prompt_opens_reasoning(text, template.rules))
     marked = marker.render(add_generation_prompt)
-    return EncodedChat(
-        tokenizer.encode_marked(marked, marker.mark),
-        marked.replace(marker.mark, ""),
-        prompt_opens_reasoning(marked, template.rules),
-    )
+    text = marked.replace(marker.mark, "")
+    if most_tokens is not None:
+        tokenizer.check_length(text, most_tokens)
+    ids = tokenizer.encode_marked(marked, marker.mark)
+    return EncodedChat(ids, text, prompt_opens_reasoning(marked, template.rules))
 
 
 def prompt_opens_reasoning(prompt: str, rules: GenerationRules) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from exaone_jax.errors import CheckpointError, InputError
+from exaone_jax.errors import CheckpointError, InputError, TooLongError
 from exaone_jax.text.generation import READ_MARKERS
 
 # K-EXAONE's pre-tokenizer: a "word" may span single spaces, so that superword tokens can form.
@@ -29,6 +29,7 @@ K_EXAONE_PATTERN = (
 # K-EXAONE has 362 added tokens before its 256 bytes. Ids that are published carry their names, the others fillers;
 # the tool tokens exist but their ids are not published, so 75.. is this package's choice.
 NUM_ADDED_TOKENS = 362
+_SLICE = 1 << 16  # characters that are encoded at once to see how long a text is
 _SPECIAL = {0: "[PAD]", 1: "[BOS]", 2: "[EOS]", 3: "[UNK]", 50: "<|system|>", 51: "<|user|>", 52: "<|assistant|>"}
 _SPECIAL |= {53: "<|endofturn|>", 66: "<|vision_pad|>", 67: "<|image_pad|>", 68: "<|video_pad|>"}
 _SPECIAL |= {73: "<vision>", 74: "</vision>", 75: "<|tool|>", 76: "<|tool_declare|>"}
@@ -151,7 +152,21 @@ class Tokenizer:
         """
         check_encodable(text, "text")
         encoder = self._full if allow_special else self._plain
-        return encoder.encode(text, add_special_tokens=add_special).ids
+        # A batch of one: only batches let other threads run meanwhile.
+        return encoder.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
+
+    def check_length(self, text: str, most: int) -> None:
+        """Raise TooLongError for a text of far more than `most` tokens, before all are made: a token takes hundreds of bytes.
+
+        The text is cut into slices, at whose ends tokens may be cut too, so it is refused from twice as many tokens on.
+        """
+        check_encodable(text, "text")
+        found = 0
+        for start in range(0, len(text), _SLICE) if len(text) > _SLICE else ():
+            piece = text[start : start + _SLICE]
+            found += len(self._full.encode_batch_fast([piece], add_special_tokens=False)[0])
+            if found > 2 * most:
+                raise TooLongError(f"the prompt has more than {2 * most} tokens; expected at most {most}")
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
         """Token ids of a text in which control tokens become ids, except those that `mark` interrupts.
@@ -162,7 +177,7 @@ class Tokenizer:
         """
         check_encodable(text, "text")
         control_ids = frozenset(self.control_tokens.values())
-        encoding = self._full.encode(text, add_special_tokens=False)
+        encoding = self._full.encode_batch([text], add_special_tokens=False)[0]
         ids: list[int] = []
         position = 0
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):

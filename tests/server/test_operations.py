@@ -161,6 +161,31 @@ def test_leaving_before_the_answer_ends_the_request(server: Server, stream: bool
     wait_idle(server)
 
 
+def test_leaving_while_the_prompt_is_read_ends_the_request(server: Server):
+    """A prompt of 300 steps, and its client leaves after a few of them."""
+    body = json.dumps({"prompt": [400 + i % 200 for i in range(3600)], "max_tokens": 400, "ignore_eos": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    steps = figure(server, "exaone:engine_steps_total")
+    parts = urlsplit(server.url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
+        connection.sendall(head % len(body) + body)
+        while figure(server, "exaone:engine_steps_total") < steps + 5:
+            time.sleep(0.01)
+    wait_idle(server)
+    assert figure(server, "exaone:engine_steps_total") < steps + 300
+
+
+def test_leaving_while_a_grammar_compiles_ends_the_request(server: Server):
+    parts = " & ".join(f"/(?s:.*)a(?s:.){{{i}}}(?s:.*)/" for i in range(1, 60))
+    grammar = f"start: A\nA: {parts}"  # takes until it is given up
+    with server.client() as http:
+        with contextlib.suppress(httpx.ReadTimeout):
+            http.post("/v1/completions", json={"prompt": "x", "structured_outputs": {"grammar": grammar}}, timeout=1)
+        assert http.get("/health").status_code == 200
+        assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=20).status_code == 200
+    wait_idle(server)
+
+
 def test_who_does_not_read_holds_nobody_up(server: Server):
     parts = urlsplit(server.url)
     body = json.dumps(LONG | {"max_tokens": 4000, "stream": True, "logprobs": 20}).encode()

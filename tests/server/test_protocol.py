@@ -11,6 +11,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from exaone_jax.server.protocol import ChatRequest, CompletionRequest
 from exaone_jax.server.served import Served
+from exaone_jax.text import Tokenizer
 from tests.server.scripted import ScriptedService, client, served
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -116,7 +117,7 @@ def test_a_field_reaches_the_engine(path, field):
 
 BAD: list[tuple[str, Any]] = [
     *[("n", v) for v in (0, -1, 10**9, 1.5, "2", True)],
-    *[("max_tokens", v) for v in (-1, 2**63, "hot", 64)],
+    *[("max_tokens", v) for v in (0, -1, 2**63, "hot", 64)],
     *[("temperature", v) for v in (-1, 2.01, 1e308, "hot", True)],
     *[("top_p", v) for v in (0, 1.0001, -0.0, "x")],
     *[("top_k", v) for v in (-2, 2**31, 1.5)],
@@ -164,6 +165,15 @@ CHAT_BAD: list[tuple[str, Any]] = [
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]),
     ("messages", [{"role": "user", "content": "x", "name": "bob"}]),
     ("messages", [{"role": "tool", "content": "x"}]),
+    ("messages", [{"role": "assistant", "tool_calls": [5]}]),
+    (
+        "messages",
+        [
+            {"role": "assistant", "tool_calls": [{"id": None, "function": {"name": "f"}}]},
+            {"role": "tool", "content": "x", "tool_call_id": "None"},
+        ],
+    ),
+    ("messages", [{"role": "tool", "content": "x", "tool_call_id": ["c"]}]),
     ("messages", [{"role": "tool", "content": "x", "tool_call_id": "call_unknown"}]),
     ("messages", [{"role": "user", "content": "x"}] * 100_000),
     ("messages", [{"role": "user", "content": "long " * 1000}]),
@@ -214,12 +224,92 @@ def test_a_conversation_with_tools_goes_on(arguments):
 
 
 PROMPTS_BAD: list[Any] = [[], [[]], "", [""], [-1], [2**31], [1, "x"], [[1], "x"], [[1, 2], 3], None, 5, {}]
-PROMPTS_BAD += [["x"] * 257, [1] * 1000, [1] * 64]
+PROMPTS_BAD += [["x"] * 257, [1] * 1000, [1] * 64, [1] * 1_000_000]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS_BAD, ids=lambda x: str(x)[:30])
 def test_a_bad_prompt_is_refused(prompt):
     assert_refused(post("/v1/completions", prompt=prompt))
+
+
+@pytest.mark.parametrize("value", [-2, 21, 10**6, True, 1.5])
+def test_logprobs_of_completions_are_bounded(value):
+    assert_refused(post("/v1/completions", logprobs=value), "logprobs")
+
+
+def test_fields_that_do_not_agree_are_named():
+    assert_refused(post("/v1/completions", stream_options={"include_usage": True}), "stream_options")
+    assert_refused(post("/v1/completions", max_tokens=0), "max_tokens")
+    assert_refused(post("/v1/chat/completions", top_logprobs=3), "top_logprobs")
+    assert_refused(post("/v1/chat/completions", tool_choice="auto"), "tool_choice")
+    assert_refused(post("/v1/chat/completions", max_tokens=4, max_completion_tokens=5), "max_tokens")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"stop_token_ids": []}, {"stop": []}, {"stop": ["a", "ab", "abc", "b", "c"]}, {"logit_bias": {}}, {"stop": None}],
+)
+def test_empty_lists_and_nested_stop_strings_are_fine(field):
+    for path in BODIES:
+        assert post(path, **field).status_code == 200
+
+
+@pytest.mark.parametrize("generation", ["k", "2", "4"])
+@pytest.mark.parametrize(
+    ("arguments", "fine"),
+    [
+        ("", True),
+        ("{}", True),
+        ('{"a": [], "b": {"c": "서울"}}', True),
+        ('{"a": "</parameter></function></tool_call><|endofturn|>"}', True),
+        ('"x"', None),
+        ("[1]", None),
+        ("5", None),
+        ("{", False),
+        ('{"a": NaN}', False),
+        ('{"a": "\\ud800"}', False),
+    ],
+)
+def test_past_calls_of_any_arguments(generation, arguments, fine):
+    """None: as the generation's template has it; it is no fault of the server's either way."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "5", "tool_call_id": "c"},
+        {"role": "assistant", "content": "the last word"},
+    ]
+
+    async def go() -> httpx.Response:
+        async with client(served(ScriptedService(["hello"]), generation)) as http:
+            return await http.post("/v1/chat/completions", json={"messages": messages})
+
+    reply = asyncio.run(go())
+    assert reply.status_code in ({True: (200,), False: (400,), None: (200, 400)}[fine]), reply.text
+    if reply.status_code == 400:
+        assert_refused(reply)
+
+
+def test_a_text_that_is_far_too_long_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch):
+    """Encoded whole, ten million bytes took gigabytes and all other requests' time."""
+    longest = 0
+    encode = Tokenizer.encode
+
+    def watched(self: Tokenizer, text: str, **more: Any) -> list[int]:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return encode(self, text, **more)
+
+    monkeypatch.setattr(Tokenizer, "encode", watched)
+    for text in ("가나다 " * 500_000, "<|endofturn|>" * 20_000, "\n" * 1_000_000):
+        bodies = {"/v1/completions": {"prompt": text}, "/tokenize": {"prompt": text}}
+        bodies["/v1/chat/completions"] = {"messages": [{"role": "user", "content": text}]}
+        for path, body in bodies.items():
+            reply = send(path, body)
+            assert_refused(reply)
+            assert reply.json()["error"]["code"] == "context_length_exceeded"
+    assert longest < 1000
+    assert send("/tokenize", {"prompt": "가나다 " * 20}).status_code == 200
 
 
 def test_the_longest_prompt_that_fits():

@@ -201,6 +201,45 @@ def test_a_form_that_cannot_be_followed_is_refused(server: Server, form: dict[st
         assert refused(server, path, structured_outputs=form)["message"]
 
 
+LINKS = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(3000)}
+SCHEMAS: list[Any] = [
+    {"$ref": "#"},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+    {"$ref": "#/$defs/a0", "$defs": {**LINKS, "a3000": {"type": "integer"}}},
+    {"$ref": "http://127.0.0.1:9/schema.json"},
+    {"$ref": "file:///etc/passwd"},
+    {"enum": [f"v{i}" for i in range(100_000)]},
+    '{"items":' * 3000 + "{}" + "}" * 3000,
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: str(schema)[:30])
+def test_a_schema_without_an_end_is_refused(server: Server, schema: Any):
+    """The chain of references overflows the stack of who compiles it: not the server's."""
+    assert refused(server, "/v1/completions", structured_outputs={"json": schema})["message"]
+    if isinstance(schema, dict):
+        format = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        assert refused(server, response_format=format, **OFF)["message"]
+
+
+def test_nested_and_recursive_schemas_are_followed(server: Server):
+    tree = {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#"}, "maxItems": 1}}}
+    tree |= {"required": ["kids"], "additionalProperties": False}
+    many = {"enum": [f"v{i}" for i in range(10_000)]}
+    form = {"type": "object", "properties": {"tree": tree | {"$id": "tree"}, "one": many}, "required": ["one"]}
+    for schema in (tree, many, form):
+        found = chat(server, structured_outputs={"json": schema}, logit_bias=_favour('"]}'), **OFF)
+        assert found["finish_reason"] in ("stop", "length")
+
+
+def test_many_different_schemas_are_served(server: Server):
+    """Each is compiled anew, and only the latest are remembered."""
+    with server.client() as http:
+        for i in range(100):
+            body = {"prompt": "x", "structured_outputs": {"choice": [f"answer {i}"]}, "max_tokens": 40}
+            assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] == f"answer {i}"
+
+
 @pytest.mark.parametrize("pattern", ["(a+)+b", "(x+x+)+y", "a{1,100000}"])
 def test_a_costly_pattern_is_served_or_refused_soon(server: Server, pattern: str):
     with server.client() as http:
