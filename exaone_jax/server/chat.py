@@ -12,11 +12,11 @@ from fastapi.responses import JSONResponse
 
 from exaone_jax.inference.engine import Update
 from exaone_jax.inference.scheduler import TokenLogprobs
-from exaone_jax.server.errors import refused
+from exaone_jax.server.errors import grammar_of, refused
 from exaone_jax.server.protocol import ChatRequest, ChatTemplateKwargs, Tool
 from exaone_jax.server.served import Ask, Job, Served, token_text
 from exaone_jax.server.stream import EventStream, event, whole
-from exaone_jax.server.structured import chat_grammar
+from exaone_jax.server.structured import chat_grammar, forms
 from exaone_jax.text import (
     EncodedChat,
     GenerationRules,
@@ -177,12 +177,15 @@ class Chat:
         rules, tokenizer = served.chat_template.rules, served.tokenizer
         tools = None if asked.tool_choice == "none" else as_dicts(asked.tools)
         end = tokenizer.control_tokens.get(rules.reasoning_end or "")
+        form = next(iter(forms(asked)), None)
+        with grammar_of(form):
+            grammar = chat_grammar(served, asked, prompt.starts_in_reasoning)
         params = served.sampling(
             asked,
             len(prompt.ids),
             asked.max_completion_tokens or asked.max_tokens,
             logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-            grammar=chat_grammar(served, asked, prompt.starts_in_reasoning),
+            grammar=grammar,
         )
         self.asked, self.tokenizer, self.prompt = asked, tokenizer, prompt
         self.choices = [
@@ -195,7 +198,12 @@ class Chat:
             )
             for _ in params
         ]
-        self.job = Job(served, [Ask(prompt.ids, each) for each in params], cache_salt=asked.cache_salt)
+        self.job = Job(
+            served,
+            [Ask(prompt.ids, each) for each in params],
+            cache_salt=asked.cache_salt,
+            form=form,
+        )
         self.head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),

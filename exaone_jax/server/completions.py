@@ -11,11 +11,11 @@ from fastapi.responses import JSONResponse
 
 from exaone_jax.inference.engine import Update
 from exaone_jax.server.chat import prompt_logprobs
-from exaone_jax.server.errors import refused
+from exaone_jax.server.errors import grammar_of, refused
 from exaone_jax.server.protocol import CompletionRequest
 from exaone_jax.server.served import Ask, Job, Served, token_text
 from exaone_jax.server.stream import EventStream, event, whole
-from exaone_jax.server.structured import completion_grammar
+from exaone_jax.server.structured import completion_grammar, forms
 from exaone_jax.text import IncrementalDecoder
 
 
@@ -102,7 +102,9 @@ class Completion:
     """One request for completions: of each prompt n choices."""
 
     def __init__(self, served: Served, asked: CompletionRequest, prompts: Sequence[Sequence[int]]):
-        more: dict[str, Any] = {"logprobs": asked.logprobs, "grammar": completion_grammar(asked)}
+        form = next(iter(forms(asked)), None)
+        with grammar_of(form):
+            more: dict[str, Any] = {"logprobs": asked.logprobs, "grammar": completion_grammar(asked)}
         if asked.echo and asked.logprobs is not None:
             more["prompt_logprobs"] = max(asked.logprobs, asked.prompt_logprobs or 0)
         asks = [
@@ -112,7 +114,7 @@ class Completion:
         ]
         self.asked = asked
         self.choices = [_Choice(served, asked, ask.prompt) for ask in asks]
-        self.job = Job(served, asks, cache_salt=asked.cache_salt)
+        self.job = Job(served, asks, cache_salt=asked.cache_salt, form=form)
         self.head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",

@@ -1,8 +1,9 @@
 """What goes wrong, as HTTP tells it: a status and OpenAI's body {"error": {"message", "type", "param", "code"}}."""
 
+import contextlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -48,6 +49,17 @@ class ApiError(HTTPException):
 def refused(param: str, message: str, *, code: str | None = None) -> ApiError:
     """400 that names a field."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
+
+
+@contextlib.contextmanager
+def grammar_of(field: str | None) -> Iterator[None]:
+    """What is wrong with a grammar is told of the request's field that it comes from."""
+    try:
+        yield
+    except InputError as error:
+        if field is None or not str(error).startswith("grammar: "):
+            raise
+        raise refused(field, str(error).removeprefix("grammar: ")) from error
 
 
 _FIELD = re.compile(r"(?:sampling parameters: )?([a-z_]+)((?:\[\d+\]|\.\w+)*)(?::| has )|the (prompt) ")

@@ -11,7 +11,7 @@ from exaone_jax.errors import InputError
 from exaone_jax.inference.engine import Engine, Update
 from exaone_jax.inference.sampling import SamplingParams, sampling_params
 from exaone_jax.inference.service import OnUpdate, OverloadedError, Service
-from exaone_jax.server.errors import ApiError, refused
+from exaone_jax.server.errors import ApiError, grammar_of, refused
 from exaone_jax.server.metrics import Metrics
 from exaone_jax.server.protocol import Generation
 from exaone_jax.text import ChatTemplate, Tokenizer
@@ -145,13 +145,14 @@ class Ask:
 class Job:
     """The sequences of one HTTP request; their updates come through one queue. Always `close` it.
 
-    Raises ApiError for more of them than the server ever takes.
+    form: the field of the request that a grammar comes from, if one does. Raises ApiError for more sequences than the server
+    ever takes.
     """
 
-    def __init__(self, served: Served, asks: Sequence[Ask], *, cache_salt: str | None = None):
+    def __init__(self, served: Served, asks: Sequence[Ask], *, cache_salt: str | None = None, form: str | None = None):
         if len(asks) > served.most_choices:
             raise refused("n", f"{len(asks)} choices in all, and a request has at most {served.most_choices}")
-        self._served, self.asks, self._salt = served, asks, cache_salt or ""
+        self._served, self.asks, self._salt, self._form = served, asks, cache_salt or "", form
         self._loop = asyncio.get_running_loop()
         self._updates = asyncio.Queue[tuple[int, Update | Exception]]()
         self._numbers: list[int] = []
@@ -167,7 +168,8 @@ class Job:
     async def submit(self) -> None:
         """Queue all of them, or none. Raises as Service.submit."""
         try:
-            await asyncio.to_thread(self._submit)  # reading a prompt of 256K tokens takes a while
+            with grammar_of(self._form):
+                await asyncio.to_thread(self._submit)  # reading a prompt of 256K tokens takes a while
         except BaseException as error:
             if isinstance(error, OverloadedError):
                 self._served.metrics.rejected("queue_full")

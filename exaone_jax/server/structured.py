@@ -14,6 +14,17 @@ from exaone_jax.server.served import Served
 from exaone_jax.server.tool_grammar import tool_grammar
 
 
+def forms(asked: Generation) -> list[str]:
+    """The fields that say of what form the answer must be."""
+    given = {"structured_outputs": asked.structured_outputs is not None}
+    if isinstance(asked, ChatRequest):
+        forced = asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool)
+        strict = asked.tool_choice != "none" and any(tool.function.strict for tool in asked.tools or ())
+        given["response_format"] = isinstance(asked.response_format, JsonObjectFormat | JsonSchemaFormat)
+        given |= {"tool_choice": forced, "tools": strict and not forced}
+    return [name for name, present in given.items() if present]
+
+
 def completion_grammar(asked: Generation) -> Grammar | None:
     """Of a text completion."""
     return None if asked.structured_outputs is None else _structured(asked.structured_outputs, None)
@@ -26,16 +37,8 @@ def chat_grammar(served: Served, asked: ChatRequest, starts_in_reasoning: bool) 
     Raises ApiError where two of them are given, or where the checkpoint cannot do it.
     """
     may_call = bool(asked.tools) and asked.tool_choice != "none"
-    forced = asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool)
-    strict = may_call and any(tool.function.strict for tool in asked.tools or ())
-    formatted = isinstance(asked.response_format, JsonObjectFormat | JsonSchemaFormat)
-    given = {
-        "structured_outputs": asked.structured_outputs is not None,
-        "response_format": formatted,
-        "tool_choice": forced,
-        "tools": strict and not forced,
-    }
-    names = [name for name, present in given.items() if present]
+    names = forms(asked)
+    forced, strict = "tool_choice" in names, "tools" in names
     if not names:
         return None
     if len(names) > 1:

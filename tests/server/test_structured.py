@@ -198,7 +198,8 @@ BAD: list[Any] = [
 @pytest.mark.parametrize("form", BAD, ids=lambda form: str(form)[:40])
 def test_a_form_that_cannot_be_followed_is_refused(server: Server, form: dict[str, Any]):
     for path in ("/v1/chat/completions", "/v1/completions"):
-        assert refused(server, path, structured_outputs=form)["message"]
+        error = refused(server, path, structured_outputs=form)
+        assert error["param"].startswith("structured_outputs") and error["message"].startswith("structured_outputs")
 
 
 LINKS = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(3000)}
@@ -219,7 +220,14 @@ def test_a_schema_without_an_end_is_refused(server: Server, schema: Any):
     assert refused(server, "/v1/completions", structured_outputs={"json": schema})["message"]
     if isinstance(schema, dict):
         format = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
-        assert refused(server, response_format=format, **OFF)["message"]
+        assert refused(server, response_format=format, **OFF)["param"] == "response_format"
+
+
+def test_the_schema_of_a_tool_that_cannot_be_followed_is_named(caller: Server):
+    tool = json.loads(json.dumps(CITY))
+    tool["function"]["parameters"] = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)"}}}
+    assert refused(caller, tools=[tool], **OFF)["param"] == "tools"
+    assert refused(caller, tools=[tool], tool_choice="required", **OFF)["param"] in ("tools", "tool_choice")
 
 
 def test_nested_and_recursive_schemas_are_followed(server: Server):
