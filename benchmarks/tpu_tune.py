@@ -41,8 +41,8 @@ SPACES: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
         "causal": {
             "flash_keys": (256, 512, 1024),
             "flash_rows": (1024, 2048, 4096),
-            "flash_rows_backward": (512, 1024, 2048),
-            "flash_block": (512, 1024, 2048),
+            "flash_rows_backward": (1024, 2048, 4096),
+            "flash_block": (1024, 2048, 4096, 8192),
             "flash_chunk": (4096, 8192),
         },
     },

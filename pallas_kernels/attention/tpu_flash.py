@@ -310,14 +310,15 @@ def _backward_kernel(plan: Plan, span: _Span, *refs: Any) -> None:
             scores = jnp.where(repeat(live, plan.group, 1), scores, HIDDEN)
         weights = jnp.exp2(scores - row(lse))
         d_scores = (weights * (dot(v_tile, d_rows, (1, 1)) - row(shift))).astype(q.dtype)
-        sum_v[keys] += dot(weights.astype(q.dtype), d_rows, (1, 0))
-        sum_k[keys] += dot(d_scores, rows, (1, 0))
-        sum_q[...] += dot(d_scores, k_tile, (0, 0))
+        # Sums stand transposed too, [D, .]: with D in rows a product fills all columns of the matrix unit, and D is half of them.
+        sum_v[:, keys] += dot(d_rows, weights.astype(q.dtype), (0, 1))
+        sum_k[:, keys] += dot(rows, d_scores, (0, 1))
+        sum_q[...] += dot(k_tile, d_scores, (0, 0))
 
     def block_of_queries() -> None:
         sum_q[...] = jnp.zeros_like(sum_q)
         _over_tiles(plan, first_query, span.first_key, tile)
-        query_grads = (sum_q[...] * plan.scale).reshape(plan.group, plan.rows, plan.head_dim)
+        query_grads = (sum_q[...].T * plan.scale).reshape(plan.group, plan.rows, plan.head_dim)
         if earlier:
             query_grads += earlier[0][0, 0]
         d_q[0, 0] = query_grads.astype(d_q.dtype)
@@ -330,8 +331,8 @@ def _backward_kernel(plan: Plan, span: _Span, *refs: Any) -> None:
 
     @pl.when(block == span.num_blocks - 1)
     def _() -> None:
-        d_k[0, 0] = (sum_k[...] * plan.scale).astype(d_k.dtype)
-        d_v[0, 0] = sum_v[...].astype(d_v.dtype)
+        d_k[0, 0] = (sum_k[...].T * plan.scale).astype(d_k.dtype)
+        d_v[0, 0] = sum_v[...].T.astype(d_v.dtype)
 
 
 def _backward_chunk(
@@ -360,7 +361,7 @@ def _backward_chunk(
         inputs, in_specs = [*inputs, d_q], [*in_specs, rows]
     kv_grads = pl.BlockSpec((1, 1, plan.block, head_dim), lambda b, h, i, *_: (b, h, 0, 0))
     kv_shape = jax.ShapeDtypeStruct((batch, kv_heads, plan.block, head_dim), k.dtype)
-    kv_sum = pltpu.VMEM((plan.block, head_dim), jnp.float32)
+    kv_sum = pltpu.VMEM((head_dim, plan.block), jnp.float32)
     scores = _num_scores(plan, span.first_key, span.first_key + plan.block)
     return plan.band.pallas_call(
         functools.partial(_backward_kernel, plan, span),
@@ -370,7 +371,7 @@ def _backward_chunk(
         in_specs=in_specs,
         out_specs=[rows, kv_grads, kv_grads],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype if d_q is None else d_q.dtype), kv_shape, kv_shape],
-        scratch_shapes=[pltpu.VMEM((plan.height, head_dim), jnp.float32), kv_sum, kv_sum],
+        scratch_shapes=[pltpu.VMEM((head_dim, plan.height), jnp.float32), kv_sum, kv_sum],
         input_output_aliases=aliases,
         compiler_params=compiler_params(PARALLEL, PARALLEL, IN_ORDER),
         cost_estimate=cost(batch * kv_heads * scores, 5, head_dim, inputs),
