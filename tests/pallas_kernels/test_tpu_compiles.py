@@ -14,6 +14,8 @@ import pytest
 
 from exaone_jax.config.hf import published, published_names, read_config
 from pallas_kernels.attention import attention
+from pallas_kernels.grouped_matmul import QuantizedRhs, grouped_matmul
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.paged_attention import paged_attention, pool_format
 from tests.pallas_kernels.tpu_compiler import TOPOLOGIES, array, compile_for, here, mesh_of
 
@@ -168,12 +170,96 @@ def paged_calls():
     yield Paged(Heads(8, 2, 128, 128), 512, page_size=16, dtype="float32", kv_dtype="float32")
 
 
+class Grouped(NamedTuple):
+    """One call of `grouped_matmul` on one of eight expert shards, matrices as checkpoints have them; with every gradient."""
+
+    experts: int  # of the whole layer
+    contracted: int
+    columns: int
+    rows: int = 16384
+    weights: str = "bfloat16"
+    scales: str = "none"  # of quantised weights: one an output channel, or one a block of 128 x 128
+
+    def __str__(self):
+        face = f"{self.experts}-experts-{self.rows}x{self.contracted}x{self.columns}"
+        return f"{face}-{self.weights}-scales-{self.scales}"
+
+    def compile(self, chip):
+        own, n, k = self.experts // 8, self.columns, self.contracted
+        scales = {"none": None, "channel": (own, n, 1), "block": (own, n // 128, k // 128)}[self.scales]
+        rhs = array((own, n, k), self.weights)
+
+        def call(lhs, rhs, scales, sizes, offset, grad):
+            def product(lhs, rhs):
+                rhs = rhs if scales is None else QuantizedRhs(rhs, scales)
+                options = {"group_offset": offset, "transpose_rhs": True, "implementation": "tpu"}
+                return grouped_matmul(lhs, rhs, sizes, **options)
+
+            if scales is not None:
+                out, pull = jax.vjp(lambda lhs: product(lhs, rhs), lhs)
+            else:
+                out, pull = jax.vjp(product, lhs, rhs)
+            return out, pull(grad)
+
+        lhs, grad = (array((self.rows, width), jnp.bfloat16) for width in (k, n))
+        sizes, offset = array((self.experts,), jnp.int32), array((), jnp.int32)
+        factors = None if scales is None else array(scales, jnp.float32)
+        return compile_for(chip, call, lhs, rhs, factors, sizes, offset, grad).memory_analysis()
+
+
+def grouped_calls():
+    shapes = set()
+    for name in published_names():
+        config = read_config(published(name))
+        if config.moe is not None:
+            shapes.add((config.moe.num_experts, config.hidden_size, config.moe.intermediate_size))
+    for experts, hidden, inner in sorted(shapes):
+        for k, n in ((hidden, inner), (inner, hidden)):  # gate and up; down
+            yield Grouped(experts, k, n)
+            yield Grouped(experts, k, n, 512)  # 64 sequences decode
+            for weights, scales in (("int8", "channel"), ("int4", "channel"), ("float8_e4m3fn", "block")):
+                yield Grouped(experts, k, n, 512, weights, scales)
+
+
+class Loss(NamedTuple):
+    """One call of `linear_cross_entropy` for 8,192 rows, with a part of the vocabulary on each of `shards` devices."""
+
+    vocab: int
+    hidden: int
+    shards: int = 1
+    weight: str = "bfloat16"
+
+    def __str__(self):
+        return f"V{self.vocab}-D{self.hidden}-shards-{self.shards}-{self.weight}"
+
+    def compile(self, chip):
+        def total(x, weight, labels, mask):
+            loss, _ = linear_cross_entropy(x, weight, labels, mask=mask, z_loss=1e-4, implementation="tpu")
+            return loss.sum()
+
+        x, labels = array((8192, self.hidden), jnp.bfloat16), array((8192,), jnp.int32)
+        weight, mask = array((self.vocab // self.shards, self.hidden), self.weight), array((8192,), jnp.bool_)
+        return compile_for(chip, jax.value_and_grad(total, (0, 1)), x, weight, labels, mask).memory_analysis()
+
+
+def loss_calls():
+    for vocab, hidden in sorted(
+        {(c.vocab_size, c.hidden_size) for c in map(read_config, map(published, published_names()))}
+    ):
+        for shards in (1, 4):
+            yield Loss(vocab, hidden, shards)
+    yield Loss(153600, 6144, 4, "float32")  # master weights
+
+
 QUICK = [
     Attention(Heads(64, 8, 128, 128)),
     Attention(Heads(64, 8, 128, 128), 2, 1024, 1151, 127, "pair", backward=False),
     Attention(Heads(40, 8, 128, None), 2, 1024, 32768, None, "none", backward=False),
     Paged(Heads(64, 8, 128, None)),
     Paged(Heads(64, 8, 128, 128), context=256, kv_dtype="int8"),
+    Grouped(128, 6144, 2048, 512),
+    Grouped(256, 2048, 6144, 512, "float8_e4m3fn", "block"),
+    Loss(153600, 6144, 4),
 ]
 
 
@@ -185,7 +271,7 @@ def matrix(calls):
 
 
 def test_the_quick_slice_is_part_of_the_matrix():
-    assert set(QUICK) <= {*attention_calls(), *paged_calls()}
+    assert set(QUICK) <= {*attention_calls(), *paged_calls(), *grouped_calls(), *loss_calls()}
 
 
 @pytest.mark.parametrize(("chip", "call"), list(matrix(attention_calls())))
@@ -206,6 +292,23 @@ def test_paged_attention(chip, call):
         # The pages are read where they are. Queries and results are copied, in float32 and with heads in eights.
         padded = call.rows * kv_heads * -(-(heads // kv_heads) // 8) * 8 * dim * 4
         assert memory.temp_size_in_bytes <= 4 * padded + 2**22
+
+
+@pytest.mark.parametrize(("chip", "call"), list(matrix(grouped_calls())))
+def test_grouped_matmul(chip, call):
+    memory = call.compile(chip)
+    # Copies of rows, results and their gradients, up to float32, and never one of the matrices. Their gradient, which only float
+    # ones have, comes [K, N] from megablox and is turned.
+    turned = call.experts // 8 * call.contracted * call.columns * 2 if call.scales == "none" else 0
+    assert memory.temp_size_in_bytes <= 4 * call.rows * (call.contracted + call.columns) * 4 + turned + 2**24
+
+
+@pytest.mark.parametrize(("chip", "call"), list(matrix(loss_calls())))
+def test_linear_cross_entropy(chip, call):
+    memory = call.compile(chip)
+    # x's gradient in float32. A float32 weight is rounded once, and its gradient is no temporary.
+    rounded = 2 * call.vocab // call.shards * call.hidden if call.weight == "float32" else 0
+    assert memory.temp_size_in_bytes <= 1.1 * 4 * 8192 * call.hidden + rounded
 
 
 @pytest.mark.slow
