@@ -1,5 +1,7 @@
 """Settings of every test process, made before jax or torch is imported: they read them once, at import."""
 
+import ctypes
+import gc
 import os
 import sys
 
@@ -41,8 +43,14 @@ hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _forget_programs():
-    """A worker that kept the compiled programs of every file would end with many gigabytes."""
+def _forget_programs(request: pytest.FixtureRequest):
+    """A worker that kept the models and the compiled programs of every file would end with many gigabytes."""
     yield
+    for made in vars(request.module).values():
+        if callable(getattr(made, "cache_clear", None)):  # functools.cache
+            made.cache_clear()
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system
