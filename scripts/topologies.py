@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,12 @@ def find(cell: Cell, limit: float) -> Row:
     config, chip, work = cell.config, CHIPS[cell.chip], cell.work
     works = candidates(work, None if work.mode == "train" else SERVED_ROWS)
     refused: list[str] = []
-    for count, plans in enumerate(slices(cell.model, config, chip, work, works), 1):
+    for plans in islice(slices(cell.model, config, chip, work, works), SLICES):
         row = _first_that_compiles(plans, limit, refused)
         if row is not None:
             return row | {"refused": refused}
-        if count == SLICES:
-            return {"topology": None, "why": "not found yet: see what was refused", "refused": refused}
-    return {"topology": None, "why": _why_not(cell, chip, config, work), "refused": refused}
+    why = "not found yet: see what was refused" if refused else _why_not(cell, chip, config, work)
+    return {"topology": None, "why": why, "refused": refused}
 
 
 def compile_given(cell: Cell, limit: float, topology: str, mesh: str, batch: str, remat: str) -> Row:

@@ -22,12 +22,15 @@ from jax import lax
 
 from exaone_jax.model.moe import ExpertWeights, Routing, expert_gradients, expert_mlp, weighted_sum
 from exaone_jax.parallel.gather import Parts, gathered
+from pallas_kernels.attention.tpu import device_kind
 
 # Tokens a device up to which `gather` is taken. One table for every step, so that decoding k tokens and verifying them go
 # the same way only by its rows and never by a timing.
 GATHER_UP_TO = 64
 # Bytes of the largest buffer of one round of `all_to_all`.
 ROUND_BYTES = 2**29
+# v5e as jax names it: its compiler has no ragged all-to-all ("not supported in limited ICI routing", libtpu 0.0.48).
+_V5E = ("TPU v5 lite", "TPU v5e")
 
 
 class Layout(NamedTuple):
@@ -243,6 +246,8 @@ def _ragged_all_to_all(rows: jax.Array, capacity: int, sent: jax.Array, axis: st
     me = lax.axis_index(axis)
     before, after = _starts(sent)
     out = jnp.zeros((capacity, rows.shape[1]), rows.dtype)
+    if (device_kind() or "").startswith(_V5E):
+        return _emulated(rows, out, before, after, sent, me, axis=axis)
     return lax.platform_dependent(
         rows,
         out,
@@ -260,7 +265,7 @@ def _ragged_all_to_all(rows: jax.Array, capacity: int, sent: jax.Array, axis: st
 def _emulated(
     rows: jax.Array, out: jax.Array, before: jax.Array, after: jax.Array, sent: jax.Array, me: jax.Array, *, axis: str
 ) -> jax.Array:
-    """For XLA:CPU, which has no ragged all-to-all: every device takes everybody's rows and keeps its own."""
+    """Where there is no ragged all-to-all: every device takes everybody's rows and keeps its own."""
     everybody = lax.all_gather(rows, axis)
     place = jnp.arange(len(out))
     sender = jnp.searchsorted(after[:, me] + sent[:, me], place, side="right")

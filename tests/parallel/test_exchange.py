@@ -103,6 +103,17 @@ def test_nothing_is_dropped_and_nothing_leaks(monkeypatch):
         assert np.isfinite(np.delete(out, 7, axis=0)).all()
 
 
+@pytest.mark.parametrize(("kind", "ragged"), [("TPU v5 lite", False), ("TPU v6 lite", True)])
+def test_a_chip_without_the_ragged_exchange_gathers(monkeypatch: pytest.MonkeyPatch, kind: str, ragged: bool):
+    monkeypatch.setattr(exchange, "device_kind", lambda: kind)
+    tokens = jnp.ones((4 * 80, SIZE))
+    step = jax.jit(partial(exchanged, split=True), static_argnums=3)
+    text = (
+        step.trace(tokens, routing("even", len(tokens)), weights(), None).lower(lowering_platforms=("tpu",)).as_text()
+    )
+    assert ("ragged_all_to_all" in text) is ragged
+
+
 def test_the_shared_expert_does_not_wait_for_the_exchange():
     """Nor the exchange for it: neither is among what the other is made of, so a scheduler may run both at once."""
     model = on_mesh("data=2,expert=4")
