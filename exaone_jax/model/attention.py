@@ -184,6 +184,10 @@ class Attention(nnx.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         weights = tuple(proj.weight[...] for proj in (self.q_proj, self.k_proj, self.v_proj))
         qkv = attend.placement.project(x, weights, ("heads", "kv_heads", "kv_heads"))
+        if self.spec.qk_norm:
+            # libtpu 0.0.48 to 0.0.50 fuse the products with the split into heads and its norm, and abort on some meshes:
+            # "TransformWindow: split of a padded window dim is not supported".
+            qkv = jax.lax.optimization_barrier(qkv)
         q, k, v = (
             proj.adapted(x, out).reshape(heads)
             for proj, out in zip((self.q_proj, self.k_proj, self.v_proj), qkv, strict=True)

@@ -164,8 +164,11 @@ def expert_gradients(
 
 
 def weighted_sum(answers: jax.Array, weights: jax.Array) -> jax.Array:
-    """answers `[N, k, D]`, weights float32 `[N, k]` -> float32 `[N, D]`, summed in the order of the choice."""
-    return jnp.einsum("nkd,nk->nd", answers.astype(jnp.float32), weights)
+    """answers `[N, k, D]`, weights float32 `[N, k]` -> float32 `[N, D]`.
+
+    No product of matrices, of which a TPU would round both to bfloat16 and make a convolution with N windows.
+    """
+    return jnp.sum(answers.astype(jnp.float32) * weights[:, :, None], axis=1)
 
 
 class MoE(nnx.Module):

@@ -136,9 +136,18 @@ def _whole(weights: ExpertWeights, layout: Layout, dtype: jnp.dtype) -> ExpertWe
     return ExpertWeights(*(parts.gather(w, dtype) for w, parts in zip(weights, layout.parts, strict=True)))
 
 
+def rounds_of(count: int, size: int) -> int:
+    """In how many rounds a device's `count` tokens go, whose buffer of one round alone would have `size` bytes.
+
+    The next number that divides the tokens, where one is near: no row is padded.
+    """
+    least = -(-size // ROUND_BYTES)
+    return next((rounds for rounds in range(least, 2 * least) if count % rounds == 0), least)
+
+
 def _rounds(tokens: jax.Array, experts: jax.Array, whole: ExpertWeights, axis: str) -> int:
     capacity = _capacity(len(tokens), experts.shape[1], len(whole.gate), axis)
-    return -(-capacity * tokens.shape[1] * tokens.dtype.itemsize // ROUND_BYTES)
+    return rounds_of(len(tokens), capacity * tokens.shape[1] * tokens.dtype.itemsize)
 
 
 def _deal(x: jax.Array, rounds: int, mode: str = "edge") -> jax.Array:

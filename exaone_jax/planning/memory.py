@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from exaone_jax.config import LayerSpec, ModelConfig
 from exaone_jax.costs.workload import Workload
 from exaone_jax.parallel import MESH_AXES
-from exaone_jax.parallel.exchange import GATHER_UP_TO, ROUND_BYTES
+from exaone_jax.parallel.exchange import GATHER_UP_TO, rounds_of
 from exaone_jax.planning.inputs import StepInputs, device_bytes
 from pallas_kernels.linear_cross_entropy.xla import default_chunk_size
 
@@ -147,7 +147,7 @@ def _round_rows(config: ModelConfig, sizes: _Sizes) -> int:
     rows = _expert_rows(config, sizes)
     if sizes.tokens <= GATHER_UP_TO:
         return rows
-    return -(-rows // -(-rows * config.hidden_size * sizes.itemsize // ROUND_BYTES))
+    return -(-rows // rounds_of(sizes.tokens, rows * config.hidden_size * sizes.itemsize))
 
 
 def _gathered_weights(config: ModelConfig, work: Workload, mesh: Mesh | AbstractMesh) -> int:

@@ -59,13 +59,14 @@ def exchanged(tokens, choice, w, limit, split: bool):
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 @pytest.mark.parametrize("load", ["even", "one", "own"])
-@pytest.mark.parametrize("way", ["gather", "all_to_all", "rounds", "whole"])
+@pytest.mark.parametrize("way", ["gather", "all_to_all", "rounds", "uneven rounds", "whole"])
 def test_answers_and_gradients(monkeypatch, way: str, load: str, limit: float | None):
-    monkeypatch.setattr(exchange, "GATHER_UP_TO", 0 if way in ("all_to_all", "rounds") else 1 << 30)
-    if way == "rounds":
-        monkeypatch.setattr(exchange, "ROUND_BYTES", 2000)  # three rounds, of 4, 4 and 2 tokens
-    tokens, choice = jax.random.normal(jax.random.key(0), (40, SIZE)), routing(load, 40)
-    target = jax.random.normal(jax.random.key(3), (40, SIZE))
+    monkeypatch.setattr(exchange, "GATHER_UP_TO", 1 << 30 if way in ("gather", "whole") else 0)
+    count = 44 if way == "uneven rounds" else 40
+    if "rounds" in way:
+        monkeypatch.setattr(exchange, "ROUND_BYTES", 2000)  # 10 tokens in five rounds of 2; 11 in three: 4, 4, 3
+    tokens, choice = jax.random.normal(jax.random.key(0), (count, SIZE)), routing(load, count)
+    target = jax.random.normal(jax.random.key(3), (count, SIZE))
 
     def objective(run, tokens, mix, w):
         return jnp.sum(run(tokens, choice._replace(weights=mix), w, limit) * target)
