@@ -19,8 +19,8 @@ _REST = -1
 class MeshShape(BaseModel):
     """How many devices lie along each axis. One axis may be -1: as many as are left.
 
-    data: whole copies of the model, and the only axis that crosses slices. fsdp: weights and batch are split over it.
-    expert: experts and batch are. tensor: heads, MLP width and vocabulary are. context: the sequence is.
+    data: whole copies of the model. fsdp: weights and batch are split over it. expert: experts and batch are. tensor:
+    heads, MLP width and vocabulary are. context: the sequence is. Of these, data and fsdp may cross slices.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +58,21 @@ class MeshShape(BaseModel):
             )
         return tuple(wanted)
 
+    def across(self, num_devices: int, num_slices: int) -> tuple[int, ...]:
+        """Of each size, the factor that crosses slices: in `data` as much of their number as divides it, in `fsdp` the rest.
+
+        Raises ConfigError where an axis that must not would have to cross slices.
+        """
+        sizes = dict(zip(MESH_AXES, self.sizes(num_devices), strict=True))
+        data = math.gcd(sizes["data"], num_slices)
+        fsdp = num_slices // data
+        if sizes["fsdp"] % fsdp:
+            raise ConfigError(
+                f"mesh {self}: data={sizes['data']} and fsdp={sizes['fsdp']} do not divide into {num_slices} slices, "
+                "which only these two may cross"
+            )
+        return tuple({"data": data, "fsdp": fsdp}.get(axis, 1) for axis in MESH_AXES)
+
     def __str__(self) -> str:
         named = [f"{axis}={getattr(self, axis)}" for axis in MESH_AXES if getattr(self, axis) != 1]
         return ",".join(named) or "one device"
@@ -67,20 +82,17 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     """A mesh with the axes of MESH_AXES over `devices` (None: all there are), laid out as the interconnect likes it.
 
     Axes are `Auto`: the compiler propagates shardings from those of the parameters and the constraints of the model. Where
-    devices belong to several slices, `data` crosses them and must be a multiple of their number.
+    devices belong to several slices, the outer parts of `data` and `fsdp` are slices (`MeshShape.across`) and all else stays
+    within one.
 
-    Raises ConfigError where the shape does not match the devices.
+    Raises ConfigError where the shape does not match the devices or their slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = shape.sizes(len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices > 1:
-        if sizes[0] % slices:
-            raise ConfigError(
-                f"mesh {shape}: data={sizes[0]} must be a multiple of the {slices} slices, which only it may cross"
-            )
-        within, across = (sizes[0] // slices, *sizes[1:]), (slices, *([1] * (len(sizes) - 1)))
-        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    across = shape.across(len(devices), len({getattr(device, "slice_index", 0) for device in devices}))
+    if max(across) > 1:
+        within = tuple(size // slices for size, slices in zip(sizes, across, strict=True))
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     elif devices[0].platform == "tpu":
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
