@@ -67,9 +67,7 @@ def answer(model: str, question: Question) -> Answer:
     context = default_context(config, question.mode) if question.context is None else question.context
     if question.search:
         return _searched(name, config, where, question, context)
-    mesh = (
-        default_mesh(config, question.mode, where.devices) if question.mesh is None else MeshShape.parse(question.mesh)
-    )
+    mesh = default_mesh(config, question.mode, where) if question.mesh is None else MeshShape.parse(question.mesh)
     batch = rows_of(mesh, where.devices) if question.batch is None else question.batch
     remat = "full" if question.remat is None else question.remat
     work = workload(config, question.mode, batch, context, question.chunk, None if remat == "none" else remat)
@@ -101,7 +99,7 @@ def _searched(name: str, config: ModelConfig, where: Target, question: Question,
     remats = REMATS if question.remat is None else (work.remat,)
     plans = search(name, config, where, candidates(work, question.batch, remats))
     if not plans:
-        mesh = default_mesh(config, question.mode, where.devices)
+        mesh = default_mesh(config, question.mode, where)
         batch = rows_of(mesh, where.devices) if question.batch is None else batch
         work = replace(work, remat="full") if question.remat is None and work.mode == "train" else work
         return _judged(make_plan(name, config, where, mesh, replace(work, batch=batch)), config)

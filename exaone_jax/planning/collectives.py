@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
@@ -13,6 +14,8 @@ from exaone_jax.costs.workload import Workload
 from exaone_jax.planning.inputs import StepInputs, device_bytes
 
 _GRADIENT = 4  # bytes of float32
+
+_BATCH_AND_SEQUENCE = ("data", "fsdp", "expert", "context")  # mesh axes along which a parameter may have copies
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -42,14 +45,44 @@ def least_bytes(config: ModelConfig, work: Workload, inputs: StepInputs) -> dict
     return {kind: sent[kind] for kind in KINDS if sent[kind]}
 
 
-def _weight(value, mesh: Mesh | AbstractMesh, work: Workload, sent: Counter[str]) -> None:
-    split = {axis for axes in value.sharding.spec for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis}
+def least_dcn_bytes(work: Workload, inputs: StepInputs, slices: dict[str, int]) -> dict[str, int]:
+    """Of `least_bytes`, what crosses slices, as where each slice does its part first: a device sends its part of a weight to
+    its like in every other slice, and of a gradient what is its own after the sum within the slice.
+
+    slices: of each mesh axis, how many it crosses.
+    """
+    if max(slices.values()) == 1:
+        return {}
+    mesh, train, sent = inputs.placement.mesh, work.mode == "train", Counter[str]()
+    for _, variable in nnx.to_flat_state(inputs.params):
+        value = variable.get_value()
+        split, local = _split(value), math.prod(value.sharding.shard_shape(value.shape))
+        if "fsdp" in split:
+            sent["all-gather"] += (2 if train else 1) * work.itemsize * local * (slices["fsdp"] - 1)
+        if train and "fsdp" in split:
+            sent["reduce-scatter"] += _GRADIENT * local * (slices["fsdp"] - 1)
+        if train:
+            copies = [axis for axis in _BATCH_AND_SEQUENCE if axis not in split]
+            across = math.prod(slices[axis] for axis in copies)
+            within = math.prod(mesh.shape[axis] for axis in copies) // across
+            sent["all-reduce"] += _all_reduce(_GRADIENT * local // within, across)
+    return {kind: sent[kind] for kind in KINDS if sent[kind]}
+
+
+def _split(value: jax.ShapeDtypeStruct) -> set[str]:
+    """The mesh axes that split an array."""
+    spec = value.sharding.spec
+    return {axis for axes in spec for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis}
+
+
+def _weight(value: jax.ShapeDtypeStruct, mesh: Mesh | AbstractMesh, work: Workload, sent: Counter[str]) -> None:
+    split = _split(value)
     local = math.prod(value.sharding.shard_shape(value.shape))
     whole = local * (mesh.shape["fsdp"] if "fsdp" in split else 1)
     train = work.mode == "train"
     sent["all-gather"] += (2 if train else 1) * work.itemsize * (whole - local)
     if train:
-        copies = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert", "context") if axis not in split)
+        copies = math.prod(mesh.shape[axis] for axis in _BATCH_AND_SEQUENCE if axis not in split)
         sent["reduce-scatter"] += _GRADIENT * (whole - local)
         sent["all-reduce"] += _all_reduce(_GRADIENT * local, copies)
 

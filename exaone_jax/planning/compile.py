@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import jax
@@ -52,6 +52,7 @@ class Compiled:
         flops: of matrix products and kernels, as often as their loops turn; of the experts' products as many rows as an even
             router sends, for their buffers hold the worst case. None where the text could not be read.
         sent: bytes by kind of collective.
+        dcn: of these, the bytes that leave the slice.
         kernels: calls of TPU kernels by name.
         seconds: that lowering and compiling took.
         notes: what could not be known.
@@ -63,6 +64,7 @@ class Compiled:
     kernels: dict[str, int]
     seconds: float
     notes: tuple[str, ...]
+    dcn: dict[str, int] = field(default_factory=dict)
 
 
 def compile_for_topology(
@@ -73,7 +75,7 @@ def compile_for_topology(
 
 
 def tpu_devices(topology: Topology) -> list[jax.Device]:
-    """Of a slice that is not here."""
+    """Of slices that are not here."""
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "compiling for a TPU needs libtpu, which is not installed: pip install 'exaone-jax[tpu]' (no TPU is needed); "
@@ -82,7 +84,9 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
     for name, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=str(topology))
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.one_slice, num_slices=topology.slices
+        )
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"topology {topology}: libtpu refuses it: {str(error).splitlines()[0]}") from error
     return list(found.devices)
@@ -110,7 +114,8 @@ def compile_step(config: ModelConfig, work: Workload, mesh: Mesh, estimated: Mem
     flops = found.flops + round(
         found.ragged_flops * expert_fill(config, device_tokens(work, inputs), mesh.shape["expert"])
     )
-    return Compiled(memory, flops, dict(found.sent), dict(found.kernels), seconds, tuple(_notes(found)))
+    sent, dcn, kernels = dict(found.sent), dict(found.dcn), dict(found.kernels)
+    return Compiled(memory, flops, sent, kernels, seconds, tuple(_notes(found)), dcn)
 
 
 def _lower(config: ModelConfig, work: Workload, inputs: StepInputs, platform: str) -> jax.stages.Lowered:

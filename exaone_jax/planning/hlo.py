@@ -21,6 +21,8 @@ _OPERATION = re.compile(r"(?:^|\s)([a-z][a-z0-9\-]*)\(")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# What slices exchange, over the data-centre network, libtpu writes as pairs of send and recv with a type.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "ragged-all-to-all", "all-to-all", "collective-permute")
 
 
@@ -45,6 +47,7 @@ class Program:
         flops: of matrix products and of kernels that state theirs.
         ragged_flops: of `ragged_dot`, for all rows of its operands.
         sent: bytes, by kind of collective.
+        dcn: of these, the bytes that leave the slice.
         kernels: how often each TPU kernel runs.
         unknown_loops: loops that turn an unknown number of times; their bodies are counted once.
         uncounted: kernels that state no FLOPs, and how often they run.
@@ -53,6 +56,7 @@ class Program:
     flops: int = 0
     ragged_flops: int = 0
     sent: Counter[str] = field(default_factory=Counter)
+    dcn: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     unknown_loops: int = 0
     uncounted: Counter[str] = field(default_factory=Counter)
@@ -88,6 +92,11 @@ class _Reader:
                 ):  # a fusion of the TPU's: an all-reduce of which a part is kept
                     kind = "reduce-scatter"
                 self.program.sent[kind] += times * _sent_bytes(kind, instruction, computation)
+            elif operation == "send" and (found := _BETWEEN_SLICES.search(instruction.attributes)):
+                kind = _kind_between_slices(found.group(1))
+                total, dcn = _sent_between_slices(kind, instruction, computation)
+                self.program.sent[kind] += times * total
+                self.program.dcn[kind] += times * dcn
             turns = self._turns(instruction, computation) if operation == "while" else 1
             for called in _called(instruction):
                 if not (_collective(operation) or operation in ("reduce", "sort", "scatter", "map", "reduce-window")):
@@ -303,6 +312,35 @@ def _sent_bytes(kind: str, instruction: Instruction, computation: dict[str, Inst
         # Rows go into a larger buffer and come out of one: real are those of the smaller side.
         operands = min(_bytes(computation[name].shape) for name in instruction.operands[:2])
     return (2 if kind == "all-reduce" else 1) * operands * (n - 1) // n
+
+
+def _kind_between_slices(transfer: str) -> str:
+    return "collective-permute" if transfer == "ONE_TO_ONE" else transfer.lower().replace("_", "-")
+
+
+def _sent_between_slices(kind: str, send: Instruction, computation: dict[str, Instruction]) -> tuple[int, int]:
+    """By one device: in all, and to other slices, whose members are spread evenly over the group."""
+    operand = _bytes(computation[send.operands[0]].shape)
+    if kind == "collective-permute":
+        return operand, operand
+    members, slices = _group_between_slices(send.attributes)
+    if kind == "all-gather":
+        return operand * (members - 1), operand * (members - members // slices)
+    times = 2 if kind == "all-reduce" else 1
+    return times * operand * (members - 1) // members, times * operand * (slices - 1) // slices
+
+
+def _group_between_slices(attributes: str) -> tuple[int, int]:
+    """Members and slices of `"{1,2}x{0:3}"`, where each device has its like in these slices, and of `{{100000,200000},…}`,
+    where device 3 of slice 2 is 200003."""
+    found = re.search(r'_xla_megascale_target=(?:"\{([\d,]+)\}x|\{\{([\d,]+)\})', attributes)
+    if found is None:
+        raise ValueError(f"a transfer between slices names no target: {attributes[:200]}")
+    if found.group(1):
+        members = len(found.group(1).split(","))
+        return members, members
+    devices = [int(device) for device in found.group(2).split(",")]
+    return len(devices), len({device // 100_000 for device in devices})
 
 
 def _group_size(attributes: str) -> int:

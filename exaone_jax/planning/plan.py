@@ -13,7 +13,7 @@ from exaone_jax.costs.flops import StepFlops, step_flops
 from exaone_jax.costs.workload import Workload
 from exaone_jax.errors import ConfigError
 from exaone_jax.parallel import MESH_AXES, MeshShape
-from exaone_jax.planning.collectives import least_bytes
+from exaone_jax.planning.collectives import least_bytes, least_dcn_bytes
 from exaone_jax.planning.inputs import device_bytes, step_inputs
 from exaone_jax.planning.memory import Memory, abstract_mesh, estimate
 from exaone_jax.planning.roofline import Bound, bound, least_hbm_bytes
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from exaone_jax.planning.compile import Compiled
 
 _TRAIN_CONTEXT = 8192
+_SLICES = (2, 4, 8)  # that are tried where one is not enough
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Target:
     devices: int
     topology: Topology | None = None
 
+    @property
+    def slices(self) -> int:
+        return 1 if self.topology is None else self.topology.slices
+
     def __str__(self) -> str:
         if self.topology is not None:
             return str(self.topology)
@@ -42,9 +47,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory is of one device, FLOPs are of all devices, `sent` is what one device sends, by kind of collective.
+    """Memory is of one device, FLOPs are of all devices, `sent` is what one device sends, by kind of collective,
+    and `dcn` what of it leaves its slice.
 
-    compiled: the figures of the compiled program, whose memory and `sent` then are the plan's; None where all is arithmetic.
+    compiled: the figures of the compiled program, whose memory, `sent` and `dcn` then are the plan's; None where all is
+        arithmetic.
     """
 
     model: str
@@ -54,6 +61,7 @@ class Plan:
     estimated: Memory
     flops: StepFlops
     least_sent: dict[str, int]
+    least_dcn: dict[str, int]
     least_hbm_bytes: int
     compiled: Compiled | None = None
 
@@ -64,6 +72,10 @@ class Plan:
     @property
     def sent(self) -> dict[str, int]:
         return self.least_sent if self.compiled is None else self.compiled.sent
+
+    @property
+    def dcn(self) -> dict[str, int]:
+        return self.least_dcn if self.compiled is None else self.compiled.dcn
 
     @property
     def hbm_bytes(self) -> int | None:
@@ -87,8 +99,8 @@ class Plan:
         if self.target.chip is None:
             return None
         flops = self.flops.model + self.flops.recomputed
-        sent = sum(self.sent.values())
-        return bound(self.target.chip, self.target.devices, flops, self.flops.model, self.least_hbm_bytes, sent)
+        sent, dcn = sum(self.sent.values()), sum(self.dcn.values())
+        return bound(self.target.chip, self.target.devices, flops, self.flops.model, self.least_hbm_bytes, sent, dcn)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON. Bytes are of a chip, also where it has two jax devices."""
@@ -121,6 +133,8 @@ class Plan:
             "compiled_flops": self.compiled_flops,
             "collective_bytes": {kind: per_chip * size for kind, size in self.sent.items()},
             "least_collective_bytes": {kind: per_chip * size for kind, size in self.least_sent.items()},
+            "dcn_bytes": {kind: per_chip * size for kind, size in self.dcn.items()},
+            "least_dcn_bytes": {kind: per_chip * size for kind, size in self.least_dcn.items()},
             "bound": None if self.bound is None else self.bound.to_dict(),
             "compile_seconds": None if self.compiled is None else self.compiled.seconds,
             "kernels": None if self.compiled is None else self.compiled.kernels,
@@ -142,19 +156,21 @@ def target(topology: str | None, chip: str | None, devices: int | None) -> Targe
     return Target(None if chip is None else chip_named(chip), devices or 1)
 
 
-def default_mesh(config: ModelConfig, mode: str, devices: int) -> MeshShape:
+def default_mesh(config: ModelConfig, mode: str, where: Target) -> MeshShape:
     """Training: weights over all (fsdp). Serving: heads over as many as the key-value heads divide, experts or else copies
     over the rest."""
     if mode == "train":
-        return MeshShape(fsdp=devices)
+        return MeshShape(fsdp=where.devices)
+    devices = where.devices // where.slices
     tensor = math.gcd(devices, config.num_kv_heads)
     expert = 1 if config.moe is None else math.gcd(devices // tensor, config.moe.num_experts)
-    return MeshShape(data=devices // tensor // expert, expert=expert, tensor=tensor)
+    return MeshShape(data=where.devices // tensor // expert, expert=expert, tensor=tensor)
 
 
 def make_plan(name: str, config: ModelConfig, where: Target, mesh: MeshShape, work: Workload) -> Plan:
-    """By arithmetic alone. Raises ConfigError where the mesh does not match the devices or does not divide the model."""
-    sizes = mesh.sizes(where.devices)
+    """By arithmetic alone. Raises ConfigError where the mesh does not match the devices and their slices, or does not divide
+    the model."""
+    sizes, across = mesh.sizes(where.devices), mesh.across(where.devices, where.slices)
     shape = MeshShape(**dict(zip(MESH_AXES, sizes, strict=True)))
     inputs = step_inputs(config, work, abstract_mesh(sizes))
     return Plan(
@@ -165,6 +181,7 @@ def make_plan(name: str, config: ModelConfig, where: Target, mesh: MeshShape, wo
         estimated=estimate(config, work, inputs),
         flops=step_flops(config, work),
         least_sent=least_bytes(config, work, inputs),
+        least_dcn=least_dcn_bytes(work, inputs, dict(zip(MESH_AXES, across, strict=True))),
         least_hbm_bytes=least_hbm_bytes(config, work, inputs),
     )
 
@@ -186,10 +203,11 @@ def remedy(plan: Plan, config: ModelConfig) -> str:
         raise ValueError("a plan without a chip has no limit to exceed")
     over = plan.memory.total - plan.hbm_bytes
     words = f"does not fit: {gib(plan.memory.total)} of {gib(plan.hbm_bytes)} a device, {gib(over)} too much"
-    if reason := no_slice_holds(config, chip, plan.work):
-        return f"{words}; {reason}"
-    found = next(filter(None, (attempt(plan, config) for attempt in (_smaller_batch, _other_mesh, _more_chips))), None)
-    return f"{words}; {found or 'no mesh of up to 64 times as many chips was found that fits'}"
+    reason = no_slice_holds(config, chip, plan.work) if plan.target.slices == 1 else None
+    attempts = [_more_slices] if reason else [_smaller_batch, _other_mesh, _more_chips, _more_slices]
+    found = next(filter(None, (attempt(plan, config) for attempt in attempts)), None)
+    more = "more slices" if plan.target.slices > 1 or reason else "up to 64 times as many chips"
+    return "; ".join(filter(None, (words, reason, found or f"no mesh of {more} was found that fits")))
 
 
 def no_slice_holds(config: ModelConfig, chip: Chip, work: Workload) -> str | None:
@@ -224,40 +242,57 @@ def _smaller_batch(plan: Plan, config: ModelConfig) -> str | None:
 def _other_mesh(plan: Plan, config: ModelConfig) -> str | None:
     from exaone_jax.planning.search import search
 
-    best = search(plan.model, config, plan.target, _same_work(plan))
+    best = search(plan.model, config, plan.target, _same_work(plan.work))
     return f"{_options(best[0], plan)} would fit" if best else None
 
 
 def _more_chips(plan: Plan, config: ModelConfig) -> str | None:
-    from exaone_jax.planning.search import search
-
     chip, devices = plan.target.chip, plan.target.devices
-    if chip is None:
+    if chip is None or plan.target.slices > 1:
         return None
     if chip.dimensions:
         larger = [Topology(chip, sides) for sides in topologies(chip)]
         targets = [Target(chip, each.devices, each) for each in larger if devices < each.devices <= 64 * devices]
     else:
         targets = [Target(chip, devices * 2**power) for power in range(1, 7)]
+    return _first_that_fits(targets, plan, config, plan.work)
+
+
+def _more_slices(plan: Plan, config: ModelConfig) -> str | None:
+    """Of those that there are already, or else of the largest that exists."""
+    if plan.target.chip is None or not plan.target.chip.dimensions:
+        return None
+    chip, now = plan.target.chip, plan.target.topology
+    sides = now.sides if now is not None and now.slices > 1 else topologies(chip)[-1]
+    more = [Topology(chip, sides, count) for count in _SLICES if count > plan.target.slices]
+    works = [plan.work]
+    if plan.work.mode == "train":
+        works = [replace(plan.work, remat="full"), replace(plan.work, remat="offload")]
+    tries = (([Target(chip, each.devices, each)], work) for each in more for work in works)
+    return next(filter(None, (_first_that_fits(where, plan, config, work) for where, work in tries)), None)
+
+
+def _first_that_fits(targets: list[Target], plan: Plan, config: ModelConfig, work: Workload) -> str | None:
+    from exaone_jax.planning.search import search
+
     tried = set()
     for where in targets:
         if where.devices in tried:
             continue
         tried.add(where.devices)
-        if best := search(plan.model, config, where, _same_work(plan)):
+        if best := search(plan.model, config, where, _same_work(work)):
             return f"{where} would fit with {_options(best[0], plan)}"
     return None
 
 
-def _same_work(plan: Plan) -> Callable[[MeshShape], list[Workload]]:
+def _same_work(work: Workload) -> Callable[[MeshShape], list[Workload]]:
     """Also with all recomputed; where a mesh has more parts than the batch rows, a row for each."""
 
     def works(mesh: MeshShape) -> list[Workload]:
-        if plan.work.mode != "train":
-            return [plan.work]
-        rows = max(plan.work.batch, mesh.data * mesh.fsdp * mesh.expert)
-        same = replace(plan.work, batch=rows)
-        return [same, replace(same, remat="full")]
+        if work.mode != "train":
+            return [work]
+        same = replace(work, batch=max(work.batch, mesh.data * mesh.fsdp * mesh.expert))
+        return [same] if same.remat == "full" else [same, replace(same, remat="full")]
 
     return works
 
@@ -314,6 +349,9 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("compiled FLOPs", f"{plan.compiled_flops:.4g}: {ratio:.2f} of model + recomputed"))
     kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in plan.sent.items()) or "none"
     rows.append(("collectives" if plan.compiled else "collectives, least", f"{kinds} sent by a device"))
+    if plan.target.slices > 1:
+        kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in plan.dcn.items()) or "none"
+        rows.append(("  between slices", f"{kinds} of these; least {gib(sum(plan.least_dcn.values()))}"))
     if plan.compiled is not None:
         rows.append(("  least", f"{gib(sum(plan.least_sent.values()))}; compiled {gib(sum(plan.sent.values()))}"))
         kernels = ", ".join(f"{count} x {name}" for name, count in plan.compiled.kernels.items()) or "none"

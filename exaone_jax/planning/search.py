@@ -25,7 +25,7 @@ Works = Callable[[MeshShape], Iterable[Workload]]
 
 
 def search(name: str, config: ModelConfig, where: Target, works: Works) -> list[Plan]:
-    """Plans that fit, by the least time of a token if compute, HBM and links did not overlap, then by the least memory.
+    """Plans that fit, by the least time of a token if compute, HBM, links and DCN did not overlap, then by the least memory.
 
     Among plans that are all bound by compute, that prefers the one that sends the least.
 
@@ -42,7 +42,7 @@ def least_memory(name: str, config: ModelConfig, where: Target, works: Works) ->
 
 
 def _plans(name: str, config: ModelConfig, where: Target, works: Works) -> Iterator[Plan]:
-    for mesh in meshes(config, where.devices):
+    for mesh in meshes(config, where.devices, where.slices):
         for work in works(mesh):
             try:
                 yield make_plan(name, config, where, mesh, work)
@@ -98,8 +98,16 @@ def candidates(work: Workload, batch: int | None, remats: tuple[Remat, ...] = RE
     return of_mesh
 
 
-def meshes(config: ModelConfig, devices: int) -> Iterator[MeshShape]:
-    """Every way to lay the devices along fsdp, expert, tensor and context that can divide the model's heads and experts."""
+def meshes(config: ModelConfig, devices: int, num_slices: int = 1) -> Iterator[MeshShape]:
+    """Every way to lay the devices along fsdp, expert, tensor and context that can divide the model's heads and experts; over
+    several slices also with a copy of the model for each or for some of them together."""
+    for data in _divisors(num_slices):
+        for mesh in _meshes_of_a_copy(config, devices // data):
+            if mesh.fsdp % (num_slices // data) == 0:
+                yield mesh.model_copy(update={"data": data})
+
+
+def _meshes_of_a_copy(config: ModelConfig, devices: int) -> Iterator[MeshShape]:
     experts = 1 if config.moe is None else config.moe.num_experts
     for tensor in _divisors(devices):
         if config.num_kv_heads % tensor:
@@ -121,5 +129,4 @@ def _divisors(number: int) -> list[int]:
 def _cost(plan: Plan) -> tuple[float, int]:
     if plan.bound is None:
         raise ValueError("a search needs a chip")
-    bound = plan.bound
-    return (bound.compute_seconds + bound.hbm_seconds + bound.link_seconds) / plan.work.tokens, plan.memory.total
+    return plan.bound.one_after_the_other / plan.work.tokens, plan.memory.total

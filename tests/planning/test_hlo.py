@@ -115,3 +115,43 @@ ENTRY %main (x: f32[8,16]) -> f32[2,16] {
 """
     )
     assert program.sent == {"reduce-scatter": 4 * 8 * 16 * 3 // 4}
+
+
+EXCHANGE = """HloModule step
+
+ENTRY %main (x: bf16[2,256]) -> bf16[8,256] {
+  %x = bf16[2,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %next = bf16[2,256]{1,0:T(8,128)(2,1)} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  %token = token[] after-all()
+  %send = (bf16[2,256]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) send(%next, %token), channel_id=2, TRANSFER
+  %recv = (bf16[8,256]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) recv(%token), channel_id=1, TRANSFER
+  %sent = token[] send-done(%send), channel_id=2, TRANSFER
+  %done = (bf16[8,256]{1,0:T(8,128)(2,1)}, token[]) recv-done(%recv), channel_id=1, TRANSFER
+  ROOT %out = bf16[8,256]{1,0:T(8,128)(2,1)} get-tuple-element(%done), index=0
+}
+"""
+_PAIRS = "{{100000,200000},{100001,200001},{300000,400000},{300001,400001}}"
+_EIGHT = "{{100000,100001,200000,200001,300000,300001,400000,400001}}"
+
+
+@pytest.mark.parametrize(
+    ("transfer", "target", "kind", "sent", "dcn"),
+    [
+        ("ALL_GATHER", '"{1,2,3,4}x{0:7}"', "all-gather", 3, 3),
+        ("ALL_GATHER", _PAIRS, "all-gather", 1, 1),
+        ("ALL_GATHER", _EIGHT, "all-gather", 7, 6),
+        ("REDUCE_SCATTER", '"{1,2,3,4}x{0:7}"', "reduce-scatter", 3 / 4, 3 / 4),
+        ("ALL_REDUCE", _PAIRS, "all-reduce", 1, 1),
+        ("ALL_REDUCE", '"{1,2,3,4}x{0:7}"', "all-reduce", 6 / 4, 6 / 4),
+        ("ALL_TO_ALL", _EIGHT, "all-to-all", 7 / 8, 3 / 4),
+        ("ONE_TO_ONE", "{{100000,200000}}", "collective-permute", 1, 1),
+    ],
+)
+def test_what_slices_exchange(transfer: str, target: str, kind: str, sent: float, dcn: float):
+    """As libtpu 0.0.48.1 writes it, beside an exchange within each slice; as parts of what a device sends, 1,024 bytes."""
+    attributes = f'_xla_megascale_target={target},_xla_megascale_transfer_type="{transfer}"'
+    transfer = f"is_host_transfer=true, frontend_attributes={{{attributes}}}"
+    program = read_program(EXCHANGE.replace("TRANSFER", transfer))
+    within = {"collective-permute": 1024}
+    assert program.dcn == {kind: 1024 * dcn}
+    assert program.sent == within | {kind: 1024 * sent + (1024 if kind in within else 0)}

@@ -123,7 +123,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(capsys: pytest.Captur
     assert "GiB too much; --batch 16 would fit" in out["shortfall"][0]
 
 
-def test_what_cannot_fit_on_any_slice_says_so(capsys: pytest.CaptureFixture[str]):
+def test_what_cannot_fit_on_any_slice_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("exaone_jax.planning.plan._SLICES", ())  # of this model their search takes half a minute
     code, out = run_json(capsys, "plan", "K-EXAONE-2.0-750B-A37B", "--topology", "v6e:16x16", "--no-compile")
     assert (code, out["fits"]) == (1, False)
     words = (
@@ -152,7 +153,16 @@ def test_a_search_keeps_what_is_given(capsys: pytest.CaptureFixture[str]):
     [
         ("EXAONE-9 --chip h100", "EXAONE-9"),
         ("EXAONE-4.0-1.2B --chip h900", "chip: found 'h900', expected one of v5e"),
-        ("EXAONE-4.0-1.2B --topology v9:2x2", "expected TPU:SHAPE with a TPU of v5e, v5p"),
+        ("EXAONE-4.0-1.2B --topology v9:2x2", "expected TPU:SHAPE or SLICESxTPU:SHAPE with a TPU of v5e, v5p"),
+        ("EXAONE-4.0-1.2B --topology 0xv6e:2x2", "found '0xv6e:2x2', expected TPU:SHAPE or SLICESxTPU:SHAPE"),
+        ("EXAONE-4.0-1.2B --topology xv6e:2x2", "and at least one slice: v5p:4x4x4, 4xv6e:16x16"),
+        ("EXAONE-4.0-1.2B --topology -2xv6e:2x2", "found '-2xv6e:2x2'"),
+        ("EXAONE-4.0-1.2B --topology 2xh100:2x2", "found '2xh100:2x2'"),
+        ("EXAONE-4.0-1.2B --topology 2xtpu7x:2x2", "'2xtpu7x:2x2' does not exist; tpu7x has tpu7x:2x2x1"),
+        ("EXAONE-4.0-1.2B --topology 3xv6e:2x2 --mesh data=3,fsdp=4 --batch 16", "data x fsdp x expert = 12"),
+        ("EXAONE-4.0-1.2B --topology 3xv6e:2x2", "'embed' of size 2048 does not divide into 12 parts (fsdp)"),
+        ("EXAONE-4.0-1.2B --topology 2xv6e:2x2 --mesh tensor=8", "data=1 and fsdp=1 do not divide into 2 slices"),
+        ("EXAONE-4.0-1.2B --topology 4xv6e:2x2 --mesh data=2,tensor=8", "which only these two may cross"),
         ("EXAONE-4.0-1.2B --topology v6e:3x3", "does not exist; v6e has v6e:2x2, v6e:2x4"),
         ("EXAONE-4.0-1.2B --topology v5p:4x4x6", "each a multiple of 4"),
         ("EXAONE-4.0-1.2B --topology v6e:2x4 --chip v6e", "--topology with --chip"),
@@ -194,6 +204,54 @@ def test_topologies_that_exist():
     assert Topology.parse("v5p:8x8x8").devices == 512
     assert Topology.parse("tpu7x:2x2x1").devices == 8
     assert max(a * b * c for a, b, c in topologies(CHIPS["v5p"])) == 16 * 16 * 24
+
+
+def test_several_slices():
+    several = Topology.parse("4xv6e:16x16")
+    assert (str(several), several.one_slice, several.chips) == ("4xv6e:16x16", "v6e:16x16", 1024)
+    assert Topology.parse("2xtpu7x:2x2x1").devices == 16
+    assert str(Topology.parse("1xv5p:4x4x4")) == "v5p:4x4x4"
+
+
+def test_what_crosses_slices_is_counted_apart(capsys: pytest.CaptureFixture[str]):
+    arguments = "EXAONE-4.0-1.2B --topology 4xv6e:2x4 --mesh data=2,fsdp=16 --batch 32 --context 512 --no-compile"
+    code, out = run_json(capsys, "plan", *arguments.split())
+    assert (code, out["topology"], out["chips"]) == (0, "4xv6e:2x4", 32)
+    size = (1_279_391_488 - 30 * (2 * 2048 + 2 * 64) - 2048) // 16  # of a device's part of all matrices
+    once, sums = {"all-gather": 2 * 2 * size, "reduce-scatter": 4 * size}, 4 * size
+    # Two slices hold a copy together: a part goes to the other one. Sums of two copies: half of it back and forth.
+    assert out["dcn_bytes"] == out["least_dcn_bytes"]
+    assert {kind: out["dcn_bytes"][kind] for kind in once} == once
+    assert out["dcn_bytes"]["all-reduce"] == pytest.approx(sums, rel=1e-3)  # and the norms
+    assert all(size <= out["collective_bytes"][kind] for kind, size in out["dcn_bytes"].items())
+    bound = out["bound"]
+    assert bound["limited_by"] == "DCN"
+    assert bound["seconds"] == bound["dcn_seconds"] == sum(out["dcn_bytes"].values()) / 12.5e9
+    within = sum(out["collective_bytes"].values()) - sum(out["dcn_bytes"].values())
+    assert bound["link_seconds"] == within / 400e9
+
+
+def test_serving_over_slices_keeps_to_a_slice(capsys: pytest.CaptureFixture[str]):
+    arguments = "K-EXAONE-236B-A23B --mode decode --topology 2xv5p:2x4x4 --batch 64 --context 4096 --no-compile"
+    code, out = run_json(capsys, "plan", *arguments.split())
+    assert (code, out["chips"], out["dcn_bytes"]) == (0, 64, {})
+    assert {axis: size for axis, size in out["mesh"].items() if size > 1} == {"data": 2, "tensor": 8, "expert": 4}
+
+
+def test_a_search_over_slices_also_gives_each_a_copy():
+    where = Target(CHIPS["v6e"], 16, Topology.parse("4xv6e:2x2"))
+    works = [Workload("train", 16, 4096, 4096, None)]
+    found = {plan.mesh for plan in search("dense", DENSE, where, lambda _: works)}
+    assert MeshShape(data=4, fsdp=4) in found and MeshShape(fsdp=16) in found and MeshShape(data=2, fsdp=8) in found
+    assert not [mesh for mesh in found if mesh.data * mesh.fsdp % 4]
+
+
+def test_more_slices_are_proposed_where_one_is_not_enough():
+    sizes = {"hidden_size": 8192, "intermediate_size": 32768, "layers": DENSE.layers * 100}
+    model, where = DENSE.model_copy(update=sizes), Target(CHIPS["v5e"], 256, Topology.parse("v5e:16x16"))
+    plan = make_plan("large", model, where, MeshShape(fsdp=256), Workload("train", 256, 4096, 4096, "full"))
+    words = r"v5e:16x16, the largest slice, has 4,032\S+ GiB; 4xv5e:16x16 would fit with --mesh \S+ --remat offload$"
+    assert re.search(words, remedy(plan, model))
 
 
 def test_a_search_gives_what_fits_cheapest_first():
@@ -331,6 +389,23 @@ def test_compiled_for_a_tpu(capsys: pytest.CaptureFixture[str]):
     for exact in ("parameters", "optimizer"):
         assert estimated[exact] == compiled[exact]
     assert 0.7 < estimated["total"] / compiled["total"] < 1.3
+
+
+@pytest.mark.slow
+@WITH_LIBTPU
+def test_compiled_for_two_slices(capsys: pytest.CaptureFixture[str]):
+    """Weights split over both cross once a gather; a copy in each sends its gradients alone."""
+    arguments = "EXAONE-4.0-1.2B --topology 2xv6e:2x2 --context 1024 --batch 8 --mesh"
+    code, both = run_json(capsys, "plan", *arguments.split(), "fsdp=8")
+    assert code == 0
+    assert both["dcn_bytes"]["all-gather"] == pytest.approx(both["least_dcn_bytes"]["all-gather"], rel=0.05)
+    code, each = run_json(capsys, "plan", *arguments.split(), "data=2,fsdp=4")
+    assert code == 0
+    assert each["dcn_bytes"].keys() == {"all-reduce"}
+    assert sum(each["dcn_bytes"].values()) == pytest.approx(sum(each["least_dcn_bytes"].values()), rel=0.05)
+    for out in (both, each):
+        assert out["bytes_per_chip"]["parameters"] == out["estimated_bytes_per_chip"]["parameters"]
+        assert abs(out["compiled_flops"] / (out["model_flops"] + out["recomputed_flops"]) - 1) < 0.1
 
 
 @pytest.mark.slow
