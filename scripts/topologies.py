@@ -3,6 +3,8 @@
     python -m scripts.topologies                                   # what is missing or was made from other code; hours
     python -m scripts.topologies --models K-EXAONE-236B-A23B --chips v5p,v6e --steps decode --again
     python -m scripts.topologies --render                          # only the page, from docs/topologies.json
+    python -m scripts.topologies --models K-EXAONE-2.0-750B-A37B --chips v6e --steps train \\
+        --given 4xv6e:16x16 fsdp=32,expert=4,tensor=8 128 offload   # a plan found by hand, here over four slices
 
 It needs libtpu and no TPU. For each cell arithmetic finds the slices that fit, smallest first, and each one's meshes, cheapest
 first; the compiler has the last word, in a process of its own, for libtpu ends a process where it finds a fault in itself. The
@@ -122,7 +124,8 @@ def find(cell: Cell, limit: float) -> Row:
 
 
 def compile_given(cell: Cell, limit: float, topology: str, mesh: str, batch: str, remat: str) -> Row:
-    """The row of a plan that was found by hand, where a search would take too long; smaller slices are not ruled out.
+    """The row of a plan that was found by hand, where a search would take too long; smaller slices are not ruled out. Of several
+    slices it says why one is not enough.
 
     Raises ConfigError where it is no plan of this cell, and CompilerFailure where it does not compile or does not fit.
     """
@@ -132,7 +135,8 @@ def compile_given(cell: Cell, limit: float, topology: str, mesh: str, batch: str
     row, compiled = _compile(plan, limit)
     if not compiled.fits:
         raise CompilerFailure(plan, f"needs {_asked(compiled)}")
-    return row | {"given": True, "refused": []}
+    several = {"why": _why_not(cell, CHIPS[cell.chip], config, work)} if plan.target.slices > 1 else {}
+    return row | several | {"given": True, "refused": []}
 
 
 def _first_that_compiles(plans: list[Plan], limit: float, refused: list[str]) -> Row | None:
@@ -242,8 +246,8 @@ def _order(cell: Cell) -> tuple[int, int, int]:
 
 KEPT = (
     "topology", "mesh", "batch", "context", "chunk", "remat", "hbm_bytes_per_chip", "bytes_per_chip", "model_flops",
-    "recomputed_flops", "compiled_flops", "collective_bytes", "least_collective_bytes", "bound", "kernels", "compile_seconds",
-    "notes", "why", "refused", "given",
+    "recomputed_flops", "compiled_flops", "collective_bytes", "least_collective_bytes", "dcn_bytes", "least_dcn_bytes",
+    "bound", "kernels", "compile_seconds", "notes", "why", "refused", "given",
 )  # fmt: skip
 
 
@@ -342,6 +346,7 @@ made from: a run of the script makes those of other code again.
   single row, whose products become sums that are not counted, and in prefill where a loop over keys is counted once; far above
   where {rows} rows do not divide over the devices, which then compute some of them more than once.
 - **at least**: the bound on the step's time from published peaks and the bytes that the compiled program sends. No forecast.
+- **4 x 16x16**: four slices joined by the data-centre network, where one is not enough.
 
 ## Smallest slices
 """
@@ -361,7 +366,9 @@ def _slice(row: Row | None) -> str:
         return "not compiled yet"
     if row["topology"] is None:
         return "not found yet" if row["why"].startswith("not found yet") else "none fits"
-    return ("at most " if row.get("given") else "") + row["topology"].partition(":")[2]
+    found = Topology.parse(row["topology"])
+    shape = found.one_slice.partition(":")[2]
+    return ("at most " if row.get("given") else "") + (f"{found.slices} x {shape}" if found.slices > 1 else shape)
 
 
 def _details(rows: dict[Cell, Row]) -> Iterator[str]:
@@ -406,7 +413,9 @@ def _remarks(cell: Cell, row: Row) -> Iterator[str]:
     if row["topology"] is None:
         yield f"- {cell.step} on {cell.chip}: {row['why']}."
     elif row.get("given"):
-        yield f"- {cell.step} on {cell.chip}: found by hand; smaller slices are not ruled out."
+        several = f"{row['why']}; over several slices " if "why" in row else ""
+        less = "fewer" if several else "smaller"
+        yield f"- {cell.step} on {cell.chip}: {several}found by hand; {less} slices are not ruled out."
     for refused in row["refused"]:
         yield f"- {cell.step}, refused: {refused}."
 

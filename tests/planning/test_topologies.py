@@ -142,6 +142,29 @@ def test_a_plan_that_is_given(monkeypatch: pytest.MonkeyPatch):
         topologies.compile_given(cell, 1.0, "v5e:2x4", "fsdp=4", "16", "none")
 
 
+def test_a_plan_over_several_slices_that_is_given(monkeypatch: pytest.MonkeyPatch):
+    """It says why one slice is not enough, and the page how many there are."""
+    cell = topologies.Cell("K-EXAONE-2.0-750B-A37B", "v6e", "train")
+
+    def compile_one(plan: Plan, limit: float) -> tuple[topologies.Row, Plan]:
+        compiled = Compiled(plan.estimated, 10**14, plan.least_sent, {}, 0.0, (), plan.least_dcn)
+        plan = replace(plan, compiled=compiled)
+        return plan.to_dict(), plan
+
+    monkeypatch.setattr(topologies, "_compile", compile_one)
+    row = topologies.compile_given(cell, 1.0, "4xv6e:16x16", "fsdp=32,expert=4,tensor=8", "128", "offload")
+    assert row["chips"] == 1024 and row["dcn_bytes"] == row["least_dcn_bytes"] != {}
+    assert re.search(r"take 11,\S+ GiB and v6e:16x16, the largest slice, has 7,997", row["why"])
+    page = topologies.render({cell: row | {"date": "2026-11-23", "libtpu": "0.0.48.1"}})
+    assert "| K-EXAONE-2.0-750B-A37B | train | not compiled yet | not compiled yet | at most 4 x 16x16 |" in page
+    assert re.search(
+        r"\| train \| 4xv6e:16x16 \| fsdp=32, expert=4, tensor=8 \| 128 \| offload \| \d+\.\d of 31\.2 \|", page
+    )
+    assert "; over several slices found by hand; fewer slices are not ruled out." in page
+    with pytest.raises(ConfigError, match="do not divide into 4 slices"):
+        topologies.compile_given(cell, 1.0, "4xv6e:16x16", "fsdp=2,expert=64,tensor=8", "128", "offload")
+
+
 def test_a_model_that_no_slice_holds():
     row = topologies.find(topologies.Cell("K-EXAONE-2.0-750B-A37B", "v5e", "train"), 1.0)
     assert row["topology"] is None
