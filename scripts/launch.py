@@ -2,6 +2,7 @@
 
     python scripts/launch.py tpu-vm NAME --zone ZONE --dry-run -- python my_training.py
     python scripts/launch.py queued NAME --zone ZONE --accelerator v5p-64 --spot -- python my_training.py
+    python scripts/launch.py queued NAME --zone ZONE --accelerator v6e-256 --slices 4 -- python my_training.py
     python scripts/launch.py gke NAME --cluster CLUSTER --tpu-type v5p-64 --image IMAGE -- python my_training.py
     python scripts/launch.py slurm NAME --nodes 4 --gpus 8 -- python my_training.py
 
@@ -12,6 +13,7 @@ What runs calls `exaone_jax.parallel.hosts.start()` first, which finds the other
 import shlex
 import subprocess
 import time
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -30,6 +32,9 @@ _LOST = {"FAILED", "SUSPENDED"}  # what a queued resource ends in when its machi
 Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run on every host.")]
 Name = Annotated[str, typer.Argument(help="Of the machine or job.")]
 Zone = Annotated[str, typer.Option(help="Cloud zone, as us-east5-a.")]
+Slices = Annotated[
+    int, typer.Option("--slices", min=1, help="How many, which the mesh's data and fsdp axes may cross.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")]
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -41,18 +46,30 @@ def run(command: list[str], dry_run: bool) -> None:
         raise typer.Exit(code)
 
 
-def on_hosts(name: str, zone: str, worker: str, command: str) -> list[str]:
-    where = [name, f"--zone={zone}", f"--worker={worker}"]
-    return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", *where, f"--command={command}"]
+@dataclass(frozen=True)
+class Hosts:
+    """kind: of gcloud's commands, by which they are reached. where: options that say which."""
+
+    name: str
+    kind: str
+    where: tuple[str, ...]
+
+    def copy(self) -> list[str]:
+        """This checkout."""
+        copied = ["scp", "--recurse", "--compress", ".", f"{self.name}:exaone_jax"]
+        return ["gcloud", "compute", "tpus", self.kind, *copied, *self.where]
+
+    def ssh(self, command: str) -> list[str]:
+        """On all at once: by itself gcloud runs on 64 and then on the next, and those would wait for each other."""
+        at_once = [*self.where, "--batch-size=all", f"--command={command}"]
+        return ["gcloud", "compute", "tpus", self.kind, "ssh", self.name, *at_once]
 
 
-def install_and_run(name: str, zone: str, worker: str, command: list[str], dry_run: bool) -> None:
+def install_and_run(hosts: Hosts, command: list[str], dry_run: bool) -> None:
     """Copy this checkout to the hosts, install it there, and run the command in its environment."""
-    destination = [f"{name}:exaone_jax", f"--zone={zone}", f"--worker={worker}"]
-    run(["gcloud", "compute", "tpus", "tpu-vm", "scp", "--recurse", "--compress", ".", *destination], dry_run)
-    run(on_hosts(name, zone, worker, INSTALL), dry_run)
-    activated = f"source venv/bin/activate && cd exaone_jax && {shlex.join(command)}"
-    run(on_hosts(name, zone, worker, activated), dry_run)
+    run(hosts.copy(), dry_run)
+    run(hosts.ssh(INSTALL), dry_run)
+    run(hosts.ssh(f"source venv/bin/activate && cd exaone_jax && {shlex.join(command)}"), dry_run)
 
 
 def runtime_of(accelerator: str) -> str:
@@ -75,7 +92,7 @@ def tpu_vm(
     if accelerator is not None:
         kind = [f"--accelerator-type={accelerator}", f"--version={runtime_of(accelerator)}"]
         run(["gcloud", "compute", "tpus", "tpu-vm", "create", name, f"--zone={zone}", *kind], dry_run)
-    install_and_run(name, zone, worker, command, dry_run)
+    install_and_run(Hosts(name, "tpu-vm", (f"--zone={zone}", f"--worker={worker}")), command, dry_run)
 
 
 @app.command()
@@ -85,21 +102,24 @@ def queued(
     zone: Zone,
     accelerator: Annotated[str, typer.Option(help="As v5p-64.")],
     spot: Annotated[bool, typer.Option("--spot", help="Cheaper machines that may be taken away.")] = False,
+    slices: Slices = 1,
     retries: Annotated[int, typer.Option(min=0, help="How often to ask again after machines were taken.")] = 10,
     dry_run: DryRun = False,
 ) -> None:
-    """On a queued resource: ask, wait, run; ask again when its machines are taken away."""
+    """On a queued resource of one slice or several: ask, wait, run; ask again when its machines are taken away."""
     base = ["gcloud", "compute", "tpus", "queued-resources"]
     kind = [f"--accelerator-type={accelerator}", f"--runtime-version={runtime_of(accelerator)}"]
-    create = [*base, "create", name, f"--node-id={name}", f"--zone={zone}", *kind, *(["--spot"] if spot else [])]
+    nodes = [f"--node-id={name}"] if slices == 1 else [f"--node-count={slices}", f"--node-prefix={name}"]
+    create = [*base, "create", name, *nodes, f"--zone={zone}", *kind, *(["--spot"] if spot else [])]
     delete = [*base, "delete", name, f"--zone={zone}", "--force", "--quiet"]
     describe = [*base, "describe", name, f"--zone={zone}", "--format=value(state.state)"]
+    hosts = Hosts(name, "queued-resources", (f"--zone={zone}", "--node=all", "--worker=all"))
     for attempt in range(retries + 1):
         run(create, dry_run)
         state = wait_until_settled(describe, dry_run)
         if state == "ACTIVE":
             try:
-                install_and_run(name, zone, "all", command, dry_run)
+                install_and_run(hosts, command, dry_run)
                 return
             except typer.Exit:
                 if look(describe) not in _LOST:  # the command itself failed: its machines are still there
@@ -133,7 +153,7 @@ def gke(
     tpu_type: Annotated[str, typer.Option(help="As v5p-64.")],
     image: Annotated[str, typer.Option(help="Container image with exaone_jax in it.")],
     zone: Annotated[str | None, typer.Option(help="Where the cluster is; gcloud's own if not given.")] = None,
-    slices: Annotated[int, typer.Option(min=1, help="How many, joined by the data axis.")] = 1,
+    slices: Slices = 1,
     dry_run: DryRun = False,
 ) -> None:
     """On GKE, by xpk."""

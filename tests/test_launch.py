@@ -43,8 +43,8 @@ def test_tpu_vm(worker: str, create: list[str]):
         f"--worker={worker}",
     ]
     assert "pip install" in installed[-1]
-    assert ran[4:8] == ["ssh", "pod", "--zone=us-east5-a", f"--worker={worker}"]
-    assert ran[8].endswith("cd exaone_jax && python train.py 'name=a b'")
+    assert ran[4:9] == ["ssh", "pod", "--zone=us-east5-a", f"--worker={worker}", "--batch-size=all"]
+    assert ran[9].endswith("cd exaone_jax && python train.py 'name=a b'")
 
 
 def test_queued():
@@ -54,7 +54,21 @@ def test_queued():
         "--node-id=pod", "--zone=z", "--accelerator-type=v5p-64", "--runtime-version=v2-alpha-tpuv5", "--spot"
     ]  # fmt: skip
     assert looked[4:] == ["describe", "pod", "--zone=z", "--format=value(state.state)"]
+    copied, *_, ran = rest
     assert len(rest) == 3
+    assert copied[3:5] == ["queued-resources", "scp"] and ran[3:5] == ["queued-resources", "ssh"]
+    assert copied[-3:] == ["--zone=z", "--node=all", "--worker=all"]
+    assert ran[5:10] == ["pod", "--zone=z", "--node=all", "--worker=all", "--batch-size=all"]
+
+
+def test_queued_slices():
+    created, *_ = commands("queued", "pod", "--zone", "z", "--accelerator", "v6e-256", "--slices", "4")
+    assert created[5:] == [
+        "pod", "--node-count=4", "--node-prefix=pod", "--zone=z", "--accelerator-type=v6e-256",
+        "--runtime-version=v2-alpha-tpuv6e",
+    ]  # fmt: skip
+    done = launch("queued", "pod", "--zone", "z", "--accelerator", "v6e-256", "--slices", "0", "--dry-run")
+    assert done.returncode == 2 and "--slices" in done.stderr
 
 
 def test_gke_and_slurm():
