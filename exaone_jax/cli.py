@@ -215,7 +215,9 @@ def plan(
     topology: Annotated[
         str | None,
         typer.Option(
-            metavar="TPU:SHAPE", help="Compile the real step for this TPU slice, as v5p:8x8x8.", show_default=False
+            metavar="TPU:SHAPE",
+            help="Compile the real step for this TPU slice, as v5p:8x8x8, or for several, as 4xv6e:16x16.",
+            show_default=False,
         ),
     ] = None,
     chip: Annotated[
