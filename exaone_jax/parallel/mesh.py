@@ -82,19 +82,19 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     """A mesh with the axes of MESH_AXES over `devices` (None: all there are), laid out as the interconnect likes it.
 
     Axes are `Auto`: the compiler propagates shardings from those of the parameters and the constraints of the model. Where
-    devices belong to several slices, the outer parts of `data` and `fsdp` are slices (`MeshShape.across`) and all else stays
-    within one.
+    TPUs belong to several slices, the outer parts of `data` and `fsdp` are slices (`MeshShape.across`) and all else stays
+    within one. GPUs lie in their order, host after host: any axis may cross hosts, the outer ones do first.
 
     Raises ConfigError where the shape does not match the devices or their slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = shape.sizes(len(devices))
-    across = shape.across(len(devices), len({getattr(device, "slice_index", 0) for device in devices}))
-    if max(across) > 1:
+    if devices[0].platform != "tpu":
+        grid = np.array(devices).reshape(sizes)
+    elif (num_slices := len({getattr(device, "slice_index", 0) for device in devices})) > 1:
+        across = shape.across(len(devices), num_slices)
         within = tuple(size // slices for size, slices in zip(sizes, across, strict=True))
         grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-    elif devices[0].platform == "tpu":
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
-        grid = np.array(devices).reshape(sizes)
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

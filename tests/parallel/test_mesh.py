@@ -102,6 +102,13 @@ def test_no_other_axis_crosses_slices(shape: str, crossing: dict[str, int]):
     assert math.prod(crossing.values()) == 4
 
 
+def test_any_axis_of_gpus_may_cross_hosts():
+    """jax gives the GPUs of each host a slice of their own."""
+    gpus = [dataclasses.replace(device, platform="gpu", device_kind="H100") for device in slices_of(2, 2, 4)]
+    mesh = make_mesh(MeshShape(expert=8, tensor=2), gpus)  # pyrefly: ignore[bad-argument-type]
+    assert [device.id for device in mesh.devices.flat] == list(range(16))
+
+
 @pytest.mark.parametrize("shape", ["expert=8,tensor=8", "fsdp=2,tensor=32", "data=2,expert=32"])
 def test_axes_that_would_have_to_cross_slices(shape: str):
     with pytest.raises(ConfigError, match="do not divide into 4 slices"):
