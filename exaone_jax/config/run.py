@@ -150,6 +150,7 @@ class RunConfig(_Frozen):
     accumulate: in how many parts, one after the other, the gradient of a batch is taken.
     stop_after: end, with the step saved, when so many are done; the schedules are those of `steps` all the same.
     ema: decay of an average of the parameters, which evaluation, samples and export then use.
+    quantize_forward: what the layers' matrices and their inputs are rounded to for the products of the forward pass.
     mesh: AXIS=SIZE,…; None: all devices along fsdp. hosts: `environment` where jax finds them by itself (Cloud TPU, Slurm).
     lora: train adapters beside the weights of init_from, and write them for PEFT into `adapter` of run_dir at the end.
     export: where to write a Hugging Face directory at the end; with lora, of the adapted model.
@@ -171,6 +172,7 @@ class RunConfig(_Frozen):
     accumulate: PositiveInt = 1
     stages: tuple[StageConfig, ...] = ()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize_forward: Literal["none", "int8", "float8"] = "none"
     remat: Literal["none", "dots", "full", "offload"] = "full"
     mesh: str | None = None
     hosts: Literal["environment"] | HostsConfig | None = None

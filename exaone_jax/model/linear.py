@@ -108,7 +108,8 @@ def _dot_fwd(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
     return _product(x, weight), (x, weight)
 
 
-def _dot_bwd(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def dot_gradients(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of x and weight, given both and the gradient of `dot`."""
     x, weight = saved
     dx = _contract(grad, weight.astype(x.dtype), (grad.ndim - 1,), (0,)).astype(x.dtype)
     dweight = jax.lax.platform_dependent(x, grad, cpu=_outer_on_cpu, default=_outer)
@@ -129,7 +130,7 @@ def _outer_on_cpu(x: jax.Array, grad: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(_outer(grad, x)).T
 
 
-dot.defvjp(_dot_fwd, _dot_bwd)
+dot.defvjp(_dot_fwd, dot_gradients)
 
 
 @jax.custom_vjp
@@ -143,7 +144,7 @@ def _dot_rounding_parts_fwd(x: jax.Array, weight: jax.Array) -> tuple[jax.Array,
     return dot_rounding_parts(x, weight), (x, weight)
 
 
-dot_rounding_parts.defvjp(_dot_rounding_parts_fwd, _dot_bwd)
+dot_rounding_parts.defvjp(_dot_rounding_parts_fwd, dot_gradients)
 
 
 class Adapter(nnx.Module):

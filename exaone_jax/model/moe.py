@@ -10,6 +10,7 @@ from flax import nnx
 from exaone_jax.config.model import LayerSpec, ModelConfig, MoEConfig
 from exaone_jax.model.feedforward import MLP, swiglu
 from exaone_jax.model.linear import Adapter, ParamFactory, dot
+from exaone_jax.model.narrow import Narrow, narrow_grouped
 from exaone_jax.model.placement import Placement
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -106,22 +107,28 @@ class Experts(nnx.Module):
             weights = {name: self.adapters[name].added_to(weight) for name, weight in weights.items()}
         return ExpertWeights(*weights.values())
 
-    def answer(self, weights: ExpertWeights, tokens: jax.Array, routing: Routing) -> jax.Array:
+    def answer(
+        self, weights: ExpertWeights, tokens: jax.Array, routing: Routing, narrow: Narrow | None = None
+    ) -> jax.Array:
         """Send each token `[N, D]` to its k experts, of these weights, and sum their weighted answers: float32 `[N, D]`."""
         count, k = routing.experts.shape
         order = jnp.argsort(routing.experts.reshape(-1), stable=True)
         group_sizes = jnp.bincount(routing.experts.reshape(-1), length=len(weights.gate)).astype(jnp.int32)
-        answers = expert_mlp(weights, tokens[order // k], group_sizes, self.limit)
+        answers = expert_mlp(weights, tokens[order // k], group_sizes, self.limit, narrow)
         return weighted_sum(answers[jnp.argsort(order)].reshape(count, k, -1), routing.weights)
 
 
-def expert_mlp(weights: ExpertWeights, x: jax.Array, group_sizes: jax.Array, limit: float | None) -> jax.Array:
+def expert_mlp(
+    weights: ExpertWeights, x: jax.Array, group_sizes: jax.Array, limit: float | None, narrow: Narrow | None = None
+) -> jax.Array:
     """x `[M, D]` sorted by expert, group_sizes int32 `[E]` -> `[M, D]`, zeros in the rows of no expert."""
-    gate, up = (_product(x, weight, group_sizes) for weight in (weights.gate, weights.up))
-    return _product(swiglu(gate, up, limit), weights.down, group_sizes)
+    gate, up = (_product(x, weight, group_sizes, narrow) for weight in (weights.gate, weights.up))
+    return _product(swiglu(gate, up, limit), weights.down, group_sizes, narrow)
 
 
-def _product(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _product(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, narrow: Narrow | None = None) -> jax.Array:
+    if narrow is not None:
+        return narrow_grouped(rows, weight, group_sizes, narrow)
     return grouped_matmul(rows, weight, group_sizes, transpose_rhs=True)
 
 
@@ -134,11 +141,17 @@ class ExpertGradients(NamedTuple):
 
 
 def expert_gradients(
-    weights: ExpertWeights, x: jax.Array, group_sizes: jax.Array, limit: float | None, grad: jax.Array, mix: jax.Array
+    weights: ExpertWeights,
+    x: jax.Array,
+    group_sizes: jax.Array,
+    limit: float | None,
+    grad: jax.Array,
+    mix: jax.Array,
+    narrow: Narrow | None = None,
 ) -> ExpertGradients:
     """Of the sum over rows of mix * <grad, expert_mlp(x)>, where grad is `[M, D]` in x's dtype and mix float32 `[M]`.
 
-    <grad, down @ hidden> is <down.T @ grad, hidden>: the answers themselves are not needed.
+    <grad, down @ hidden> is <down.T @ grad, hidden>: the answers themselves are not needed, unless narrow rounds them.
     """
 
     def by_row(rows: jax.Array, weight: jax.Array, grad: jax.Array) -> jax.Array:
@@ -147,14 +160,19 @@ def expert_gradients(
     def by_weight(rows: jax.Array, weight: jax.Array, grad: jax.Array) -> jax.Array:
         return jax.vjp(lambda wide: _product(rows, wide, group_sizes), weight.astype(jnp.float32))[1](grad)[0]
 
-    gate, up = (_product(x, weight, group_sizes) for weight in (weights.gate, weights.up))
+    gate, up = (_product(x, weight, group_sizes, narrow) for weight in (weights.gate, weights.up))
     hidden, through_swiglu = jax.vjp(lambda gate, up: swiglu(gate, up, limit), gate, up)
     dhidden = by_row(hidden, weights.down, grad).astype(jnp.float32)
     dgate, dup = through_swiglu((mix[:, None] * dhidden).astype(x.dtype))
     mixed = (mix[:, None] * hidden.astype(jnp.float32)).astype(x.dtype)
+    if narrow is None:
+        dmix = jnp.sum(dhidden * hidden.astype(jnp.float32), axis=-1)
+    else:
+        answers = _product(hidden, weights.down, group_sizes, narrow)
+        dmix = jnp.sum(grad.astype(jnp.float32) * answers.astype(jnp.float32), axis=-1)
     return ExpertGradients(
         x=by_row(x, weights.gate, dgate) + by_row(x, weights.up, dup),
-        mix=jnp.sum(dhidden * hidden.astype(jnp.float32), axis=-1),
+        mix=dmix,
         weights=ExpertWeights(
             by_weight(x, weights.gate, dgate),
             by_weight(x, weights.up, dup),

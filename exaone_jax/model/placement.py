@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from exaone_jax.model.cache import LayerKV, PagedKV
 from exaone_jax.model.linear import Axes, dot
+from exaone_jax.model.narrow import Narrow, narrow_dot
 from pallas_kernels.attention import attention
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ class Placement(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice:
-    """Everything on the default device."""
+    """Everything on the default device. narrow: what the layers' products are made in; None: in the dtype of the activations."""
+
+    narrow: Narrow | None = None
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         return x
@@ -135,17 +138,17 @@ class OneDevice:
         return run(*each, *(array for array, _ in whole))
 
     def project(self, x: jax.Array, weights: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
-        return tuple(dot(x, weight) for weight in weights)
+        return tuple(self.contract(x, weight, axis) for weight, axis in zip(weights, axes, strict=True))
 
     def contract(self, x: jax.Array, weight: jax.Array, axis: str) -> jax.Array:
-        return dot(x, weight)
+        return dot(x, weight) if self.narrow is None else narrow_dot(x, weight, self.narrow)
 
     def over_vocab(self, run: Callable[..., jax.Array], each: tuple[jax.Array, ...], table: jax.Array) -> jax.Array:
         return run(*each, table, None)
 
     def answer(self, experts: "Experts", x: jax.Array, routing: "Routing") -> jax.Array:
         tokens, routing = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, routing))
-        return experts.answer(experts.weights, tokens, routing).astype(x.dtype).reshape(x.shape)
+        return experts.answer(experts.weights, tokens, routing, self.narrow).astype(x.dtype).reshape(x.shape)
 
 
 ONE_DEVICE = OneDevice()

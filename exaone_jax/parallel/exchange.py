@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from exaone_jax.model.moe import ExpertWeights, Routing, expert_gradients, expert_mlp, weighted_sum
+from exaone_jax.model.narrow import Narrow
 from exaone_jax.parallel.gather import Parts, gathered
 from pallas_kernels.attention.tpu import device_kind
 
@@ -35,11 +36,12 @@ _V5E = ("TPU v5 lite", "TPU v5e")
 
 class Layout(NamedTuple):
     """axis: the mesh axis over which experts are split. limit: of SwiGLU, as LayerSpec has it. parts: of gate, up and down,
-    the dimension of which each device has a part."""
+    the dimension of which each device has a part. narrow: as `OneDevice` has it."""
 
     axis: str
     limit: float | None
     parts: tuple[Parts, Parts, Parts]
+    narrow: Narrow | None = None
 
 
 def exchange(
@@ -57,13 +59,12 @@ def exchange(
     if tokens_are_split and lax.axis_size(layout.axis) > 1 and len(tokens) > GATHER_UP_TO:
         return _by_all_to_all(tokens, routing.experts, routing.weights, weights, layout)
     whole = ExpertWeights(*(gathered(w, p, tokens.dtype) for w, p in zip(weights, layout.parts, strict=True)))
-    answers = _by_gather(tokens, routing.experts, whole, layout.limit, layout.axis, tokens_are_split)
+    answers = _by_gather(tokens, routing.experts, whole, layout, tokens_are_split)
     return weighted_sum(answers, routing.weights)
 
 
-def _by_gather(
-    tokens: jax.Array, experts: jax.Array, weights: ExpertWeights, limit: float | None, axis: str, split: bool
-) -> jax.Array:
+def _by_gather(tokens: jax.Array, experts: jax.Array, weights: ExpertWeights, layout: Layout, split: bool) -> jax.Array:
+    axis = layout.axis
     if split:
         tokens, experts = (lax.all_gather(x, axis, tiled=True) for x in (tokens, experts))
     num_local = len(weights.gate)
@@ -72,7 +73,7 @@ def _by_gather(
     own = jnp.where((own >= 0) & (own < num_local), own, num_local)
     order = jnp.argsort(own, stable=True)
     sizes = jnp.bincount(own, length=num_local + 1)[:num_local].astype(jnp.int32)
-    answers = expert_mlp(weights, tokens[order // experts.shape[1]], sizes, limit)
+    answers = expert_mlp(weights, tokens[order // experts.shape[1]], sizes, layout.limit, layout.narrow)
     answers = answers[jnp.argsort(order)].reshape(*experts.shape, -1)
     return lax.psum_scatter(answers, axis, tiled=True) if split else lax.psum(answers, axis)
 
@@ -86,7 +87,7 @@ def _by_all_to_all(
 
     def one(tokens: jax.Array, experts: jax.Array, mix: jax.Array) -> jax.Array:
         trip = _plan(experts, len(whole.gate), layout.axis)
-        answers = expert_mlp(whole, trip.out(tokens), trip.sizes, layout.limit)
+        answers = expert_mlp(whole, trip.out(tokens), trip.sizes, layout.limit, layout.narrow)
         return weighted_sum(trip.home(answers), mix)
 
     rounds = _rounds(tokens, experts, whole, layout.axis)
@@ -113,7 +114,7 @@ def _all_to_all_backward(
         trip = _plan(experts, len(whole.gate), layout.axis)
         # grad is what a sum in float32 was cast from the tokens' dtype for: nothing is lost.
         arrived, grads = trip.out(tokens), trip.out(grad.astype(tokens.dtype))
-        found = expert_gradients(whole, arrived, trip.sizes, layout.limit, grads, trip.out_scalars(mix))
+        found = expert_gradients(whole, arrived, trip.sizes, layout.limit, grads, trip.out_scalars(mix), layout.narrow)
         dtokens = jnp.sum(trip.home(found.x).astype(jnp.float32), axis=1).astype(tokens.dtype)
         return jax.tree.map(jnp.add, total, found.weights), (dtokens, trip.home_scalars(found.mix))
 

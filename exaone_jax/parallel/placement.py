@@ -18,8 +18,9 @@ from exaone_jax.model import Transformer
 from exaone_jax.model.cache import CACHE_AXES, LayerKV, PagedKV
 from exaone_jax.model.linear import Axes, dot, dot_rounding_parts
 from exaone_jax.model.moe import Experts, ExpertWeights, Routing
+from exaone_jax.model.narrow import Narrow, narrow_dot
 from exaone_jax.model.paged import PAGES_AXES
-from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE, CachedAttention, PagedAttention, T
+from exaone_jax.model.placement import ACTIVATIONS, CachedAttention, OneDevice, PagedAttention, T
 from exaone_jax.parallel.context import context_attention
 from exaone_jax.parallel.exchange import Layout, exchange
 from exaone_jax.parallel.gather import Parts, gathered, summed
@@ -39,11 +40,12 @@ class MeshPlacement:
     """Implements `exaone_jax.model.placement.Placement`.
 
     An activation's dimension is split over as many of its rule's mesh axes, from the first, as divide it: a batch of one
-    is whole everywhere.
+    is whole everywhere. narrow: as `OneDevice` has it.
     """
 
     mesh: Mesh | AbstractMesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
+    narrow: Narrow | None = None
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(x.shape, axes)))
@@ -151,20 +153,23 @@ class MeshPlacement:
 
     def project(self, x: jax.Array, weights: tuple[jax.Array, ...], axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
         """Each device has columns of every product, and the gradients of x add up before they travel: one sum for all."""
+        one_device = OneDevice(self.narrow)
         splits = {self._split(len(weight), axis) for weight, axis in zip(weights, axes, strict=True)}
         if len(splits) > 1 or splits == {()}:
-            return ONE_DEVICE.project(x, weights, axes)
+            return one_device.project(x, weights, axes)
         split = splits.pop()
         copies = jnp.broadcast_to(x, (math.prod(self.mesh.shape[axis] for axis in split), *x.shape))
 
         def run(copy: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-            return ONE_DEVICE.project(copy[0], weights, axes)
+            return one_device.project(copy[0], weights, axes)
 
         columns = PartitionSpec(*(None,) * (x.ndim - 1), split)
         specs = (PartitionSpec(split),) * (1 + len(weights))
         return self._map(run, specs, (columns,) * len(weights), set(split))(copies, *weights)
 
     def contract(self, x: jax.Array, weight: jax.Array, axis: str) -> jax.Array:
+        if self.narrow is not None:  # the compiler takes the largest over all parts, and the sums of int8 are exact
+            return narrow_dot(x, weight, self.narrow)
         return dot_rounding_parts(x, weight) if self._split(weight.shape[1], axis) else dot(x, weight)
 
     def over_vocab(self, run: Callable[..., jax.Array], each: tuple[jax.Array, ...], table: jax.Array) -> jax.Array:
@@ -198,9 +203,9 @@ class MeshPlacement:
             rows, choice = x.reshape(-1, x.shape[-1]), Routing(*(a.reshape(-1, a.shape[-1]) for a in routing))
             if axis is None:
                 whole = (gathered(w, p, x.dtype) for w, p in zip(weights, (gate, up, down), strict=True))
-                out = experts.answer(ExpertWeights(*whole), rows, choice)
+                out = experts.answer(ExpertWeights(*whole), rows, choice, self.narrow)
             else:
-                layout = Layout(axis, experts.limit, (gate, up, down))
+                layout = Layout(axis, experts.limit, (gate, up, down), self.narrow)
                 out = exchange(rows, choice, ExpertWeights(*weights), layout, split)
             out = out.astype(x.dtype)
             return (summed(out, partial_sums) if partial_sums else out).reshape(x.shape)
@@ -276,12 +281,20 @@ def init_model(
     return nnx.merge(graphdef, jax.jit(lambda: nnx.state(make()), out_shardings=nnx.from_flat_state(leaves))())
 
 
-def place(config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> MeshPlacement:
+def place(
+    config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Rules = RULES, narrow: Narrow | None = None
+) -> MeshPlacement:
     """The placement of a model on a mesh.
 
-    Raises ConfigError where the mesh splits heads that it does not divide.
+    Raises ConfigError where the mesh splits heads that it does not divide, or experts' matrices that are to be narrow.
     """
-    placement = MeshPlacement(mesh, tuple(rules.items()))
+    placement = MeshPlacement(mesh, tuple(rules.items()), narrow)
+    parts = math.prod(mesh.shape[a] for a in rules["expert_mlp"])
+    if narrow is not None and config.moe is not None and parts > 1:
+        raise ConfigError(
+            f"mesh: {' x '.join(rules['expert_mlp'])} splits the experts' matrices into {parts} parts, whose products are "
+            f"not made in {narrow}: a row's scale is of the whole row; expected 1 part"
+        )
     for axis, heads in (("heads", config.num_heads), ("kv_heads", config.num_kv_heads)):
         parts = math.prod(mesh.shape[a] for a in rules[axis])
         if heads % parts:

@@ -28,7 +28,8 @@ from exaone_jax.data.rows import Rows, batches, open_rows
 from exaone_jax.errors import ConfigError
 from exaone_jax.model import Transformer
 from exaone_jax.model.linear import Frozen, RouterBias
-from exaone_jax.model.placement import ACTIVATIONS, ONE_DEVICE
+from exaone_jax.model.narrow import check_device
+from exaone_jax.model.placement import ACTIVATIONS, OneDevice
 from exaone_jax.model.quantized import quantise
 from exaone_jax.parallel import MeshShape, make_mesh, partition_spec, place, sharded_shapes
 from exaone_jax.text import ChatTemplate, Tokenizer, detect_generation, train_bpe
@@ -117,6 +118,8 @@ def set_up(config: RunConfig) -> Setup:
     tokenizer, files = _tokenizer(config, model)
     template = _template(config, model, tokenizer)
     mesh = make_mesh(MeshShape(fsdp=-1) if config.mesh is None else MeshShape.parse(config.mesh))
+    if config.quantize_forward != "none":
+        check_device(config.quantize_forward, mesh.devices.flat[0], model.moe is not None)
     weights = config.loss
     loss = LossConfig(
         weights.mtp_weight,
@@ -322,7 +325,8 @@ def _check_divides(context: int, batch_size: int, accumulate: int, model: ModelC
 
 
 def _abstract(config: RunConfig, model: ModelConfig, mesh: Mesh, optimizer: Optimizer) -> tuple[Graph, TrainState]:
-    placement = ONE_DEVICE if mesh.size == 1 else place(model, mesh)
+    narrow = None if config.quantize_forward == "none" else config.quantize_forward
+    placement = OneDevice(narrow) if mesh.size == 1 else place(model, mesh, narrow=narrow)
 
     def make() -> Transformer:
         rngs = nnx.Rngs(0)

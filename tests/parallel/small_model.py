@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from exaone_jax.config import LayerSpec, ModelConfig, MoEConfig
 from exaone_jax.data.packing import PackedRows
 from exaone_jax.model import Transformer
+from exaone_jax.model.narrow import Narrow
 from exaone_jax.parallel import MeshShape, make_mesh, parameter_shardings, place
 
 LOCAL, GLOBAL = LayerSpec(window=8), LayerSpec(rope=False)
@@ -37,11 +38,12 @@ def one_device(dtype: str = "float32") -> Transformer:
     return Transformer(CONFIG, dtype=dtype, param_dtype="float32", rngs=nnx.Rngs(0))
 
 
-def on_mesh(shape: str, dtype: str = "float32") -> Transformer:
+def on_mesh(shape: str, dtype: str = "float32", narrow: Narrow | None = None) -> Transformer:
     """The same weights on a mesh of all eight devices."""
     mesh = make_mesh(MeshShape.parse(shape))
+    placement = place(CONFIG, mesh, narrow=narrow)
     placed = nnx.eval_shape(
-        lambda: Transformer(CONFIG, dtype=dtype, param_dtype="float32", rngs=nnx.Rngs(0), placement=place(CONFIG, mesh))
+        lambda: Transformer(CONFIG, dtype=dtype, param_dtype="float32", rngs=nnx.Rngs(0), placement=placement)
     )
     graphdef, abstract = nnx.split(placed)
     return nnx.merge(graphdef, moved(nnx.state(one_device()), abstract, mesh))
