@@ -9,7 +9,7 @@ import itertools
 import os
 import time
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -193,7 +193,9 @@ class Engine:
             dtype=settings.kv_dtype or jnp.dtype(model.dtype).name,
             mtp=drafts > 0,
         )
-        planned = plan_pools(model.config, ask, settings.kv_bytes or _free_memory(slots * model.config.vocab_size * 9))
+        devices = jax.tree.leaves(nnx.state(model))[0].sharding.addressable_devices
+        free = settings.kv_bytes or _free_memory(devices, slots * model.config.vocab_size * 9)
+        planned = plan_pools(model.config, ask, free)
         self.pools = Pools(planned, settings.page_size, slots)
         remember = settings.prefix_caching
         self.scheduler = Scheduler(self.pools, slots, settings.rows_per_step, drafts, remember=remember, fused=fused)
@@ -669,11 +671,12 @@ def _checked(model: Transformer, settings: EngineConfig) -> int:
     return length
 
 
-def _free_memory(reserved: int) -> int:
-    """Bytes for keys and values on one device, beside `reserved` bytes of other state; of several hosts the least."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        free = int(stats["bytes_limit"] * _MEMORY_SHARE) - stats["bytes_in_use"]
+def _free_memory(devices: Iterable[jax.Device], reserved: int) -> int:
+    """Bytes for keys and values on each of these devices, beside `reserved` bytes of other state: what the fullest has, and of
+    several hosts the least."""
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in each for each in stats):
+        free = min(int(each["bytes_limit"] * _MEMORY_SHARE) - each["bytes_in_use"] for each in stats)
     else:
         free = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _HOST_SHARE)
     if jax.process_count() > 1:
