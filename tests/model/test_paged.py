@@ -124,7 +124,7 @@ def test_a_mesh_has_its_heads_of_every_page():
     assert np.isclose(*narrow, **CLOSE).all(axis=1).mean() > 0.8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rounding(OneDevice):
     """Attention over whole rows whose keys and values are rounded to 8 bits first."""
 
@@ -140,7 +140,7 @@ class Rounding(OneDevice):
 @pytest.mark.parametrize("name", ["k-exaone", "4.5"])
 def test_pages_in_8_bits_round_keys_and_values_and_nothing_else(name: str, dtype: str):
     model = make(WITH_MTP[name])
-    rounding = Transformer(model.config, dtype=jnp.float32, rngs=nnx.Rngs(0), placement=Rounding(dtype))
+    rounding = Transformer(model.config, dtype=jnp.float32, rngs=nnx.Rngs(0), placement=Rounding(dtype=dtype))
     nnx.update(rounding, nnx.state(model))
     found, rounded, exact = (
         np.concatenate(rows)
