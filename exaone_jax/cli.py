@@ -700,7 +700,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI's API, until SIGTERM or Ctrl-C.
 
-    On several hosts start it on each, with the same options and --mesh; the first process listens.
+    --mesh data=N,… serves N copies of the model, each on its part of this host's devices. On several hosts start it on each, with
+    the same options and --mesh, of one copy; the first process listens.
 
     Exit codes: 0 every open request could end; 1 some were cut off, or the engine was stuck; 3 the port cannot be had.
     """

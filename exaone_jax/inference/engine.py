@@ -165,11 +165,19 @@ class Engine:
         model: with its weights.
         settings: see EngineConfig.
         tokenizer: for texts and stop strings; None serves token ids alone.
+        sharing: engines of this process, which share a CPU's memory; other devices are one engine's alone.
 
     Raises ConfigError for settings that the model or the memory cannot serve.
     """
 
-    def __init__(self, model: Transformer, settings: EngineConfig | None = None, *, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        settings: EngineConfig | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        sharing: int = 1,
+    ):
         self.settings = settings = settings or EngineConfig()
         self.max_length = _checked(model, settings)
         if settings.draft_window is not None:
@@ -194,7 +202,7 @@ class Engine:
             mtp=drafts > 0,
         )
         devices = jax.tree.leaves(nnx.state(model))[0].sharding.addressable_devices
-        free = settings.kv_bytes or _free_memory(devices, slots * model.config.vocab_size * 9)
+        free = settings.kv_bytes or _free_memory(devices, slots * model.config.vocab_size * 9, sharing)
         planned = plan_pools(model.config, ask, free)
         self.pools = Pools(planned, settings.page_size, slots)
         remember = settings.prefix_caching
@@ -671,14 +679,14 @@ def _checked(model: Transformer, settings: EngineConfig) -> int:
     return length
 
 
-def _free_memory(devices: Iterable[jax.Device], reserved: int) -> int:
+def _free_memory(devices: Iterable[jax.Device], reserved: int, sharing: int) -> int:
     """Bytes for keys and values on each of these devices, beside `reserved` bytes of other state: what the fullest has, and of
-    several hosts the least."""
+    several hosts the least. sharing: as Engine has it."""
     stats = [device.memory_stats() or {} for device in devices]
     if all("bytes_limit" in each for each in stats):
         free = min(int(each["bytes_limit"] * _MEMORY_SHARE) - each["bytes_in_use"] for each in stats)
     else:
-        free = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _HOST_SHARE)
+        free = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _HOST_SHARE / sharing)
     if jax.process_count() > 1:
         free = int(multihost_utils.process_allgather(np.int32(free >> 20)).min()) << 20
     return max(0, free - reserved)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 import sys
@@ -10,7 +11,7 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from exaone_jax.inference.engine import Engine, Update
+from exaone_jax.inference.engine import Engine, Load, Update
 from exaone_jax.inference.lockstep import Leader
 from exaone_jax.inference.sampling import SamplingParams
 from exaone_jax.inference.scheduler import Request
@@ -78,6 +79,11 @@ class Service:
         """Why the engine was given up, if it was; its thread may hang for ever."""
         return self._stuck
 
+    def load(self) -> Load:
+        """How busy the engine is, with what it has not heard of yet."""
+        load = self._engine.load()
+        return dataclasses.replace(load, waiting=load.waiting + len(self._arrived))
+
     def submit(
         self, prompt: str | Sequence[int], params: SamplingParams, on_update: OnUpdate, *, cache_salt: str = ""
     ) -> int:
@@ -90,8 +96,7 @@ class Service:
         with self._wake:
             if self._closing or self._draining or not self.alive:
                 raise self._end("the engine takes no more requests") from self._error
-            waiting = len(self._arrived) + len(self._engine.scheduler.waiting)
-            if waiting >= self._max_waiting:
+            if (waiting := self.load().waiting) >= self._max_waiting:
                 raise OverloadedError(f"{waiting} requests wait already, and at most {self._max_waiting} may")
             self._arrived.append((request, on_update))
             self._wake.notify()
@@ -127,11 +132,15 @@ class Service:
             if not ended:
                 self.cancel(number)
 
-    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more requests and end the thread: when all are done, or at once, and those still running hear so."""
+    def stop(self, *, drain: bool = True) -> None:
+        """Take no more requests and let the thread end: when all are done, or at once, and those still running hear so."""
         with self._wake:
             self._draining, self._closing = True, not drain
             self._wake.notify()
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """`stop`, and wait for the end of the thread."""
+        self.stop(drain=drain)
         self._thread.join(0 if self._stuck else timeout)
 
     def _run(self) -> None:

@@ -98,3 +98,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def copies(mesh: Mesh) -> list[Mesh]:
+    """For each part of `data`, which holds a whole copy of the model: a mesh of its devices alone, with all the axes."""
+    return [Mesh(part[None], mesh.axis_names, axis_types=mesh.axis_types) for part in mesh.devices]

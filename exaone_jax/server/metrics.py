@@ -1,11 +1,11 @@
 """GET /metrics: what happens, for Prometheus, under the names that vLLM gave them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from exaone_jax.inference.engine import Engine, Update
@@ -53,11 +53,11 @@ _FINISHED = {"cancelled": "abort"}  # what vLLM calls it
 
 
 class Metrics:
-    """The figures of one engine and of the requests that it had. model: the label model_name."""
+    """The figures of the engines, and of the requests that they had. model: the label model_name."""
 
-    def __init__(self, engine: Engine, model: str):
+    def __init__(self, engines: Sequence[Engine], model: str):
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineFigures(engine, model))
+        self._registry.register(_EngineFigures(engines, model))
         self._histograms = {
             name: Histogram(
                 f"vllm:{name}", name.replace("_", " "), ["model_name"], buckets=b, registry=self._registry
@@ -116,45 +116,50 @@ class Metrics:
 
 
 class _EngineFigures(Collector):
-    """What the engine itself counts, read when asked for."""
+    """What the engines themselves count, read when asked for; the label engine numbers them."""
 
-    def __init__(self, engine: Engine, model: str):
-        self._engine, self._model = engine, model
+    def __init__(self, engines: Sequence[Engine], model: str):
+        self._engines, self._model = engines, model
 
     def collect(self) -> Iterator[Metric]:
-        stats, load = self._engine.stats, self._engine.load()
-        yield self._gauge("vllm:num_requests_running", "Requests that have a place.", load.running)
-        yield self._gauge("vllm:num_requests_waiting", "Requests that wait for one.", load.waiting)
-        yield self._gauge(
-            "vllm:kv_cache_usage_perc", "Of the fullest pool, 1 is full.", max(load.pages.values(), default=0.0)
-        )
-        pools = GaugeMetricFamily("exaone:kv_pool_usage", "Of each pool, 1 is full.", labels=["model_name", "window"])
-        for window, used in load.pages.items():
-            pools.add_metric([self._model, "global" if window is None else str(window)], used)
-        yield pools
-        counts = {
-            "vllm:prompt_tokens": stats.prompt_tokens,
-            "vllm:generation_tokens": stats.generated_tokens,
-            "vllm:prefix_cache_queries": stats.prompt_tokens,
-            "vllm:prefix_cache_hits": stats.cached_tokens,
-            "vllm:num_preemptions": stats.preemptions,
-            "vllm:spec_decode_num_drafts": max(stats.drafted, default=0),
-            "vllm:spec_decode_num_draft_tokens": sum(stats.drafted),
-            "vllm:spec_decode_num_accepted_tokens": sum(stats.accepted),
-            "exaone:engine_steps": stats.steps,
+        gauges = {
+            "vllm:num_requests_running": "Requests that have a place.",
+            "vllm:num_requests_waiting": "Requests that wait for one.",
+            "vllm:kv_cache_usage_perc": "Of the fullest pool, 1 is full.",
+            "exaone:kv_pool_usage": "Of each pool, 1 is full.",
         }
-        for name, value in counts.items():
-            counter = CounterMetricFamily(name, name.split(":")[1].replace("_", " "), labels=["model_name"])
-            counter.add_metric([self._model], value)
-            yield counter
-        positions = CounterMetricFamily(
-            "vllm:spec_decode_num_accepted_tokens_per_pos", "Drafts kept.", labels=["model_name", "position"]
-        )
-        for position, kept in enumerate(stats.accepted):
-            positions.add_metric([self._model, str(position)], kept)
-        yield positions
+        families = {name: Metric(name, text, "gauge") for name, text in gauges.items()}
+        for index, engine in enumerate(self._engines):
+            for kind, figures in (("gauge", _gauges(engine)), ("counter", _counters(engine))):
+                for name, value, labels in figures:
+                    family = families.setdefault(name, Metric(name, name.split(":")[1].replace("_", " "), kind))
+                    suffix = "_total" if kind == "counter" else ""
+                    labels = {"model_name": self._model, "engine": str(index), **labels}
+                    family.add_sample(name + suffix, labels, value)
+        yield from families.values()
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        gauge = GaugeMetricFamily(name, text, labels=["model_name"])
-        gauge.add_metric([self._model], value)
-        return gauge
+
+def _gauges(engine: Engine) -> Iterator[tuple[str, float, dict[str, str]]]:
+    """(name, value, labels)"""
+    load = engine.load()
+    yield "vllm:num_requests_running", load.running, {}
+    yield "vllm:num_requests_waiting", load.waiting, {}
+    yield "vllm:kv_cache_usage_perc", max(load.pages.values(), default=0.0), {}
+    for window, used in load.pages.items():
+        yield "exaone:kv_pool_usage", used, {"window": "global" if window is None else str(window)}
+
+
+def _counters(engine: Engine) -> Iterator[tuple[str, float, dict[str, str]]]:
+    """(name, value, labels)"""
+    stats = engine.stats
+    yield "vllm:prompt_tokens", stats.prompt_tokens, {}
+    yield "vllm:generation_tokens", stats.generated_tokens, {}
+    yield "vllm:prefix_cache_queries", stats.prompt_tokens, {}
+    yield "vllm:prefix_cache_hits", stats.cached_tokens, {}
+    yield "vllm:num_preemptions", stats.preemptions, {}
+    yield "vllm:spec_decode_num_drafts", max(stats.drafted, default=0), {}
+    yield "vllm:spec_decode_num_draft_tokens", sum(stats.drafted), {}
+    yield "vllm:spec_decode_num_accepted_tokens", sum(stats.accepted), {}
+    yield "exaone:engine_steps", stats.steps, {}
+    for position, kept in enumerate(stats.accepted):
+        yield "vllm:spec_decode_num_accepted_tokens_per_pos", kept, {"position": str(position)}

@@ -7,13 +7,14 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import h11
 import jax
 import uvicorn
+from jax.sharding import Mesh
 from pydantic import ValidationError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -21,10 +22,11 @@ import exaone_jax
 from exaone_jax.errors import CheckpointError, ConfigError, InputError, StorageError
 from exaone_jax.inference.engine import Engine, EngineConfig
 from exaone_jax.inference.lockstep import Leader, follow
+from exaone_jax.inference.replicas import Replicas
 from exaone_jax.inference.service import Service
 from exaone_jax.inference.text import recommended_sampling, tokenizer_of
 from exaone_jax.model import Transformer
-from exaone_jax.parallel import MeshShape, hosts, make_mesh
+from exaone_jax.parallel import MeshShape, copies, hosts, make_mesh
 from exaone_jax.parallel.hosts import Hosts
 from exaone_jax.server.app import make_app
 from exaone_jax.server.body import MAX_BODY_BYTES
@@ -127,7 +129,7 @@ def _follow(config: ServeConfig) -> bool:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     with _logging():
-        engine, _ = _load_engine(config)
+        (engine,), _ = _load_engines(config)
         say("following", process=jax.process_index())
         follow(engine)
         say("stopped", drained=True)
@@ -204,23 +206,44 @@ class _Server(uvicorn.Server):
 
 
 def _load(config: ServeConfig) -> Served:
-    engine, model = _load_engine(config)
-    template, no_chat = _template(config.model, engine.tokenizer)
+    engines, model = _load_engines(config)
+    template, no_chat = _template(config.model, engines[0].tokenizer)
     names = config.names or (config.model.resolve().name,)
     leader = Leader() if jax.process_count() > 1 else None
-    service = Service(engine, max_waiting=config.max_waiting, leader=leader, step_seconds=config.step_seconds)
+    services = [
+        Service(engine, max_waiting=config.max_waiting, leader=leader, step_seconds=config.step_seconds)
+        for engine in engines
+    ]
+    service = services[0] if len(services) == 1 else Replicas(services, max_waiting=config.max_waiting)
     defaults = {"temperature": 1.0, **recommended_sampling(model)}
-    return Served(names, engine, service, template, no_chat, defaults, config.request_seconds, config.max_waiting)
+    return Served(names, engines, service, template, no_chat, defaults, config.request_seconds, config.max_waiting)
 
 
-def _load_engine(config: ServeConfig) -> tuple[Engine, Transformer]:
+def _load_engines(config: ServeConfig) -> tuple[list[Engine], Transformer]:
+    """An engine for each copy of the model, and one of the copies."""
     started = time.monotonic()
-    mesh = None if config.mesh is None else make_mesh(MeshShape.parse(config.mesh))
-    model = exaone_jax.load(config.model, dtype=config.dtype, mesh=mesh)
+    models = [exaone_jax.load(config.model, dtype=config.dtype, mesh=mesh) for mesh in _meshes(config.mesh)]
     loaded = time.monotonic()
-    engine = Engine(model, config.engine, tokenizer=_tokenizer(model))
-    say("loaded", load_seconds=round(loaded - started, 2), compile_seconds=round(time.monotonic() - loaded, 2))
-    return engine, model
+    tokenizer = _tokenizer(models[0])
+    engines = [Engine(model, config.engine, tokenizer=tokenizer, sharing=len(models)) for model in models]
+    seconds = {"load_seconds": loaded - started, "compile_seconds": time.monotonic() - loaded}
+    say("loaded", engines=len(engines), **{name: round(value, 2) for name, value in seconds.items()})
+    return engines, models[0]
+
+
+def _meshes(shape: str | None) -> Sequence[Mesh | None]:
+    """Of each engine; None: the default device."""
+    if shape is None:
+        return [None]
+    mesh = make_mesh(MeshShape.parse(shape))
+    if jax.process_count() == 1:
+        return copies(mesh)
+    if mesh.shape["data"] > 1:
+        raise InputError(
+            f"--mesh {shape}: data={mesh.shape['data']} engines on {jax.process_count()} hosts, expected data=1 where hosts "
+            "share an engine; run a server for each copy instead"
+        )
+    return [mesh]
 
 
 def _tokenizer(model: Transformer) -> Tokenizer | None:

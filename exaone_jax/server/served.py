@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from exaone_jax.errors import InputError
 from exaone_jax.inference.engine import Engine, Update
+from exaone_jax.inference.replicas import Replicas
 from exaone_jax.inference.sampling import SamplingParams, sampling_params
 from exaone_jax.inference.service import OnUpdate, OverloadedError, Service
 from exaone_jax.server.errors import ApiError, grammar_of, refused
@@ -35,14 +36,14 @@ _PASSED_ON += ("stop_token_ids", "min_tokens", "prompt_logprobs")
 class Served:
     """What every request needs.
 
-    names: the model's; the first is told in answers. template: None where the checkpoint cannot chat, and no_chat says why.
-    defaults: sampling fields that requests do not give. request_seconds: a request's deadline; None: none.
-    most_choices: of a request, n for each of its prompts.
+    names: the model's; the first is told in answers. engines: all alike, which `service` runs. template: None where the
+    checkpoint cannot chat, and no_chat says why. defaults: sampling fields that requests do not give. request_seconds: a
+    request's deadline; None: none. most_choices: of a request, n for each of its prompts.
     """
 
     names: tuple[str, ...]
-    engine: Engine
-    service: Service
+    engines: Sequence[Engine]
+    service: Service | Replicas
     template: ChatTemplate | None
     no_chat: str = ""
     defaults: dict[str, object] = field(default_factory=dict)
@@ -52,7 +53,12 @@ class Served:
     metrics: Metrics = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", Metrics(self.engine, self.names[0]))
+        object.__setattr__(self, "metrics", Metrics(self.engines, self.names[0]))
+
+    @property
+    def engine(self) -> Engine:
+        """One for what they have in common."""
+        return self.engines[0]
 
     @property
     def max_length(self) -> int:

@@ -1,7 +1,6 @@
 """The engine: a request says the same whatever happens around it, as `generate` says it, and nothing is left behind."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -482,33 +481,17 @@ def test_no_step_copies_the_pages(drafts: int):
 # On a mesh
 
 
-def engine_on(shape: str, devices: Sequence[jax.Device]) -> Engine:
+def test_on_a_mesh():
     from flax import nnx
 
     from exaone_jax.parallel import init_model
     from tests.parallel.small_model import moved
 
-    mesh = make_mesh(MeshShape.parse(shape), devices=devices)
+    mesh = make_mesh(MeshShape.parse("expert=2,tensor=2"), devices=jax.devices()[:4])
     model = init_model(K_EXAONE, mesh)
     nnx.update(model, moved(nnx.state(model_of("k-exaone")), nnx.state(model), mesh))
-    return Engine(model, EngineConfig(**SMALL, draft_tokens=2, kv_bytes=400_000))
-
-
-@pytest.mark.parametrize("shape", ["expert=2,tensor=2", "data=2,tensor=2"])
-def test_on_a_mesh(shape: str):
-    engine = engine_on(shape, jax.devices()[:4])
+    engine = Engine(model, EngineConfig(**SMALL, draft_tokens=2, kv_bytes=400_000))
     assert tokens_of(engine, PROMPTS[:8], PARAMS[:8]) == expected("k-exaone")[:8]
-
-
-def test_side_by_side():
-    """Two engines of one process, each in a thread and on devices of its own: all that they hold is there."""
-    halves = [jax.devices()[:2], jax.devices()[2:4]]
-    engines = [engine_on("tensor=2", half) for half in halves]
-    for engine, half in zip(engines, halves, strict=True):
-        assert all(x.sharding.device_set == set(half) for x in jax.tree.leaves(engine._device._state))
-    with ThreadPoolExecutor(2) as threads:
-        told = list(threads.map(lambda engine: tokens_of(engine, PROMPTS[:8], PARAMS[:8]), engines))
-    assert told == [expected("k-exaone")[:8]] * 2
 
 
 def test_memory_is_that_of_its_own_devices():
@@ -518,9 +501,9 @@ def test_memory_is_that_of_its_own_devices():
         return SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1_000_000, "bytes_in_use": used})
 
     share = int(1_000_000 * engine_module._MEMORY_SHARE)
-    assert engine_module._free_memory([device(100_000), device(300_000)], 1000) == share - 300_000 - 1000
-    assert engine_module._free_memory([device(100_000)], 1000) == share - 100_000 - 1000
-    assert engine_module._free_memory([device(999_999)], 1000) == 0
+    assert engine_module._free_memory([device(100_000), device(300_000)], 1000, 1) == share - 300_000 - 1000
+    assert engine_module._free_memory([device(100_000)], 1000, 2) == share - 100_000 - 1000
+    assert engine_module._free_memory([device(999_999)], 1000, 1) == 0
 
 
 # What is refused

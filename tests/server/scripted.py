@@ -65,7 +65,7 @@ class ScriptedService:
 def served(service: Any, generation: str = "k", *, max_length: int = 4096, **more: Any) -> Served:
     engine: Any = ScriptedEngine(tokenizer(), max_length)
     template = ChatTemplate.for_generation(generation)
-    return Served(("tiny",), engine, service, template, **more)
+    return Served(("tiny",), [engine], service, template, **more)
 
 
 _APPS: dict[int, Any] = {}  # id of what is served -> its app, which takes a while to make

@@ -209,7 +209,7 @@ def test_about(server: Server):
     assert {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"} <= names
     assert {"vllm:request_success_total", "vllm:spec_decode_num_accepted_tokens_per_pos_total"} <= names
     assert {"vllm:time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_sum"} <= names
-    assert 'exaone:kv_pool_usage{model_name="tiny",window="4"}' in figures
+    assert 'exaone:kv_pool_usage{engine="0",model_name="tiny",window="4"}' in figures
 
 
 def test_many_at_once_say_what_they_say_alone(server: Server):

@@ -84,7 +84,7 @@ def test_stop_ends_an_answer(page: Any, server: Server):
     with server.client() as http:
 
         def idle() -> bool:
-            return 'num_requests_running{model_name="tiny"} 0.0' in http.get("/metrics").text
+            return 'num_requests_running{engine="0",model_name="tiny"} 0.0' in http.get("/metrics").text
 
         wait(page, idle)
 
