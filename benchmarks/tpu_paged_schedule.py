@@ -1,6 +1,7 @@
 """Counts the cycles of the TPU paged-attention kernel when it decodes, from the schedule that the TPU compiler writes: no TPU.
 
     python benchmarks/tpu_paged_schedule.py [--chip v6e] [--heads 64 8] [--batch 64] [--context 8192] [--rpa 4/1 8/1]
+                                            [--rpa3 2048/2048 --tpu-inference FOLDER]
 
 Needs libtpu. The method is `tpu_schedule.py`'s: bundles of every region of the compiler's dump x how often it runs. Which region
 runs how often follows from its depth in the kernel's loops: items (1), blocks (2), pages and tiles (3). Regions of the path
@@ -10,15 +11,21 @@ the memory's published bandwidth and an assumed clock: a decode step should take
 `--rpa` counts jax's ragged paged attention beside it, bfloat16 pages of 128 slots without a window (under one it reads the same
 pages), at blocks of so many pages / queries. Its loops are query blocks (1), their sequences (2) and blocks of keys (3).
 
+`--rpa3` counts its third version, the decode kernel of vLLM's TPU path, at blocks of so many keys to fetch / to compute with,
+with and without a window. It comes from the folder that `pip download --no-deps tpu-inference` and `unzip` made. Its loops are
+sequences (1), blocks (2), products and pages (3); it also writes the step's own keys, as ours leaves to the caller.
+
 Left out: waits for copies and for products, and the XLA operations around the kernel.
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -110,21 +117,21 @@ def rpa(args: argparse.Namespace, blocks: str) -> dict:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     pages_at_once, queries_at_once = map(int, blocks.split("/"))
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[args.chip]).devices
-    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    (heads, kv_heads), width = args.heads, args.context // 128
-    q = jax.ShapeDtypeStruct((args.batch, heads, 128), jnp.bfloat16, sharding=here)
-    pages = jax.ShapeDtypeStruct((args.batch * width, 128, 2 * kv_heads, 128), jnp.bfloat16, sharding=here)
-    shapes = ((args.batch,), (args.batch, width), (args.batch + 1,), (1,))
-    ints = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=here) for shape in shapes]
-
-    def step(*arrays: Any) -> Any:
-        how = {"num_kv_pages_per_block": pages_at_once, "num_queries_per_block": queries_at_once}
-        return ragged_paged_attention(*arrays, sm_scale=128**-0.5, vmem_limit_bytes=96 * 2**20, **how)
-
     with tempfile.TemporaryDirectory() as dump:
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"  # libtpu reads it once
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[args.chip]).devices
+        mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        (heads, kv_heads), width = args.heads, args.context // 128
+        q = jax.ShapeDtypeStruct((args.batch, heads, 128), jnp.bfloat16, sharding=here)
+        pages = jax.ShapeDtypeStruct((args.batch * width, 128, 2 * kv_heads, 128), jnp.bfloat16, sharding=here)
+        shapes = ((args.batch,), (args.batch, width), (args.batch + 1,), (1,))
+        ints = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=here) for shape in shapes]
+
+        def step(*arrays: Any) -> Any:
+            how = {"num_kv_pages_per_block": pages_at_once, "num_queries_per_block": queries_at_once}
+            return ragged_paged_attention(*arrays, sm_scale=128**-0.5, vmem_limit_bytes=96 * 2**20, **how)
+
         with jax.set_mesh(mesh):
             jax.jit(step).trace(q, pages, *ints).lower(lowering_platforms=("tpu",)).compile()
         bundles = next(b for b in Path(dump).glob("*-ragged_paged*-final_bundles.txt") if "analysis" not in b.name)
@@ -140,6 +147,55 @@ def rpa(args: argparse.Namespace, blocks: str) -> dict:
     return {"cycles": cycles, "tile": products[0].bundles, "bytes": moved}
 
 
+def rpa3(args: argparse.Namespace, blocks: str, window: int | None) -> dict:
+    """As `rpa`, of version 3's kernel for sequences of one query."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+
+    package = types.ModuleType("tpu_inference")  # its own __init__ wants vLLM
+    package.__path__ = [str(args.tpu_inference / "tpu_inference")]
+    sys.modules["tpu_inference"] = package
+    kernel = importlib.import_module("tpu_inference.kernels.ragged_paged_attention.v3.kernel")
+    version = {"v5e": 5, "v5p": 5, "v6e": 6, "tpu7x": 7}[args.chip]
+    kernel.get_tpu_version = lambda: version  # it would ask the device, and there is none
+
+    fetched, computed = map(int, blocks.split("/"))
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"  # libtpu reads it once
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[args.chip]).devices
+        mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        (heads, kv_heads), batch, width = args.heads, args.batch, args.context // 128
+        pages_shape = (batch * width, 128, kv_heads, 2, 128)
+        shapes = [(batch, heads, 128), (batch, kv_heads, 128), (batch, kv_heads, 128), pages_shape]
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in shapes]
+        sizes = [(batch,), (batch * width,), (batch + 1,), (3,)]
+        arrays += [jax.ShapeDtypeStruct(size, jnp.int32, sharding=here) for size in sizes]
+
+        def step(*arrays: Any) -> Any:
+            how = {"d_block_sizes": (1, fetched, 1, computed), "m_block_sizes": (8, 512, 8, 512)}
+            how |= {"sm_scale": 128**-0.5, "sliding_window": window, "vmem_limit_bytes": 96 * 2**20}
+            return kernel.ragged_paged_attention(*arrays, **how)
+
+        with jax.set_mesh(mesh):
+            jax.jit(step, donate_argnums=3).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
+        bundles = next(b for b in Path(dump).glob("*RPAd*final_bundles.txt") if "analysis" not in b.name)
+        usage = next(Path(dump).glob("*RPAd*final_hlo-static-per-bundle-utilization.txt"))
+        regions = read_regions(bundles, usage)
+    products = [r for r in regions if r.mxu > EDGE]
+    if [r.depth for r in products] != [3]:
+        raise ValueError(f"expected products at depth 3 alone, found {[(r.depth, r.bundles) for r in products]}")
+    length = args.context - 29
+    low = 0 if window is None else (length - 1 - window) // fetched * fetched
+    visits, tiles, pages = (-(-(length - low) // size) for size in (fetched, computed, 128))
+    each = {depth: sum(r.bundles for r in regions if r.depth == depth and r.mxu <= EDGE) for depth in (1, 2, 3)}
+    cycles = batch * (each[1] + visits * each[2] + pages * each[3] + tiles * products[0].bundles)
+    moved = batch * (pages * 128 * 2 * kv_heads + 2 * heads) * 128 * 2
+    return {"cycles": cycles, "tile": products[0].bundles, "bytes": moved}
+
+
 def one(args: argparse.Namespace) -> None:
     """The child process: compile with the dump on, count, print one line of JSON."""
     if args.sizes:
@@ -151,6 +207,9 @@ def one(args: argparse.Namespace) -> None:
         print(json.dumps(rpa(args, args.rpa[0])))
         return
     kv_dtype, window, page_size = CASES[args.one]
+    if args.rpa3:
+        print(json.dumps(rpa3(args, args.rpa3[0], window)))
+        return
     with tempfile.TemporaryDirectory() as dump:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
         plan = compile_here(args, kv_dtype, window, page_size)
@@ -160,16 +219,16 @@ def one(args: argparse.Namespace) -> None:
         print(json.dumps(count(read_regions(bundles, usage), args, plan, window, itemsize)))
 
 
-def in_child(args: argparse.Namespace, index: int, sizes: Any = None, blocks: str = "") -> dict | None:
-    """What `count` finds for a case, or `rpa` for blocks; None with the reason printed. `sizes`: Tiles if not the table's."""
+def in_child(args: argparse.Namespace, index: int, sizes: Any = None, peer: tuple[str, ...] = ()) -> dict | None:
+    """What is found for a case, of a peer for its options; None with the reason printed. `sizes`: Tiles if not the table's."""
     command = [sys.executable, __file__, "--one", str(index), "--chip", args.chip, "--heads", *map(str, args.heads)]
     command += ["--batch", str(args.batch), "--context", str(args.context)]
     command += ["--sizes", json.dumps(sizes)] if sizes else []
-    command += ["--rpa", blocks] if blocks else []
+    command += peer
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"{blocks or CASES[index]}: {done.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
+        print(f"{' '.join(peer)} {CASES[index]}: {done.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
         return None
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -181,6 +240,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--rpa", nargs="*", default=[], metavar="PAGES/QUERIES")
+    parser.add_argument("--rpa3", nargs="*", default=[], metavar="FETCHED/COMPUTED")
+    parser.add_argument("--tpu-inference", type=Path, help="where the unpacked wheel lies")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--sizes", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -191,10 +252,15 @@ def main() -> None:
     )
     print("| pages | window | bundles of a tile | static cycles | MB | cycles of the bytes | cycles / those |")
     print("|---|---|---|---|---|---|---|")
-    calls = [(f"{kind}, {slots} slots", window, i, "") for i, (kind, window, slots) in enumerate(CASES)]
-    calls += [(f"bfloat16, 128 slots, jax's at {blocks}", None, 0, blocks) for blocks in args.rpa]
-    for name, window, i, blocks in calls:
-        if (found := in_child(args, i, blocks=blocks)) is None:
+    if args.rpa3 and args.tpu_inference is None:
+        parser.error("--rpa3 needs --tpu-inference FOLDER")
+    calls = [(f"{kind}, {slots} slots", window, i, ()) for i, (kind, window, slots) in enumerate(CASES)]
+    calls += [(f"bfloat16, 128 slots, jax's at {blocks}", None, 0, ("--rpa", blocks)) for blocks in args.rpa]
+    for blocks in args.rpa3:
+        peer = ("--rpa3", blocks, "--tpu-inference", str(args.tpu_inference))
+        calls += [(f"bfloat16, 128 slots, version 3 at {blocks}", CASES[i][1], i, peer) for i in (0, 3)]
+    for name, window, i, peer in calls:
+        if (found := in_child(args, i, peer=peer)) is None:
             raise SystemExit(1)
         row = f"| {name} | {window} | {found['tile']:,} | {found['cycles']:,} |"
         row += f" {found['bytes'] / 1e6:,.0f} |"

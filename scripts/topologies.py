@@ -31,7 +31,7 @@ from typing import Any
 
 from exaone_jax.config import ModelConfig, published, published_names, read_config
 from exaone_jax.costs.chips import CHIPS, Chip, Topology, topologies
-from exaone_jax.costs.workload import Workload, workload
+from exaone_jax.costs.workload import POLICIES, Workload, workload
 from exaone_jax.parallel import MeshShape
 from exaone_jax.planning.compile import Compiled
 from exaone_jax.planning.memory import Memory
@@ -124,8 +124,8 @@ def find(cell: Cell, limit: float) -> Row:
 
 
 def compile_given(cell: Cell, limit: float, topology: str, mesh: str, batch: str, remat: str) -> Row:
-    """The row of a plan that was found by hand, where a search would take too long; smaller slices are not ruled out. Of several
-    slices it says why one is not enough.
+    """The row of a plan that was found by hand, where a search would take too long. may_do: a smaller slice that has room by
+    arithmetic. Of several slices it says why one is not enough.
 
     Raises ConfigError where it is no plan of this cell, and CompilerFailure where it does not compile or does not fit.
     """
@@ -135,8 +135,15 @@ def compile_given(cell: Cell, limit: float, topology: str, mesh: str, batch: str
     row, compiled = _compile(plan, limit)
     if not compiled.fits:
         raise CompilerFailure(plan, f"needs {_asked(compiled)}")
-    several = {"why": _why_not(cell, CHIPS[cell.chip], config, work)} if plan.target.slices > 1 else {}
-    return row | several | {"given": True, "refused": []}
+    more = {"why": _why_not(cell, CHIPS[cell.chip], config, work)} if plan.target.slices > 1 else _may_do(cell, plan)
+    return row | more | {"given": True, "refused": []}
+
+
+def _may_do(cell: Cell, plan: Plan) -> Row:
+    """The smallest slice that has room by arithmetic, where that is smaller than the plan's."""
+    works = candidates(plan.work, None, POLICIES)
+    first = next(slices(cell.model, cell.config, CHIPS[cell.chip], plan.work, works), [plan])[0].target
+    return {"may_do": str(first)} if first.devices < plan.target.devices else {}
 
 
 def _first_that_compiles(plans: list[Plan], limit: float, refused: list[str]) -> Row | None:
@@ -247,7 +254,7 @@ def _order(cell: Cell) -> tuple[int, int, int]:
 KEPT = (
     "topology", "mesh", "batch", "context", "chunk", "remat", "hbm_bytes_per_chip", "bytes_per_chip", "model_flops",
     "recomputed_flops", "compiled_flops", "collective_bytes", "least_collective_bytes", "dcn_bytes", "least_dcn_bytes",
-    "bound", "kernels", "compile_seconds", "notes", "why", "refused", "given",
+    "bound", "kernels", "compile_seconds", "notes", "why", "refused", "given", "may_do",
 )  # fmt: skip
 
 
@@ -368,7 +375,8 @@ def _slice(row: Row | None) -> str:
         return "not found yet" if row["why"].startswith("not found yet") else "none fits"
     found = Topology.parse(row["topology"])
     shape = found.one_slice.partition(":")[2]
-    return ("at most " if row.get("given") else "") + (f"{found.slices} x {shape}" if found.slices > 1 else shape)
+    unsure = "may_do" in row or (row.get("given") and found.slices > 1)
+    return ("at most " if unsure else "") + (f"{found.slices} x {shape}" if found.slices > 1 else shape)
 
 
 def _details(rows: dict[Cell, Row]) -> Iterator[str]:
@@ -413,9 +421,10 @@ def _remarks(cell: Cell, row: Row) -> Iterator[str]:
     if row["topology"] is None:
         yield f"- {cell.step} on {cell.chip}: {row['why']}."
     elif row.get("given"):
-        several = f"{row['why']}; over several slices " if "why" in row else ""
-        less = "fewer" if several else "smaller"
-        yield f"- {cell.step} on {cell.chip}: {several}found by hand; {less} slices are not ruled out."
+        less = f"{row['may_do']} has room by arithmetic" if "may_do" in row else "no smaller slice has room by arithmetic"
+        if "why" in row:
+            less = f"{row['why']}; fewer than {Topology.parse(row['topology']).slices} slices are not ruled out"
+        yield f"- {cell.step} on {cell.chip}: found by hand; {less}."
     for refused in row["refused"]:
         yield f"- {cell.step}, refused: {refused}."
 

@@ -9,6 +9,7 @@ from exaone_jax.errors import ConfigError
 from exaone_jax.model.stack import Remat
 
 Mode = Literal["train", "prefill", "decode"]
+POLICIES: tuple[Remat, ...] = (None, "dots", "full", "offload")
 _CHUNK = 2048
 
 
@@ -55,9 +56,8 @@ def workload(
     """Raises ConfigError where a figure makes no step of this model."""
     if mode not in get_args(Mode):
         raise ConfigError(f"mode: found {mode!r}, expected one of {', '.join(get_args(Mode))}")
-    policies = (None, "dots", "full", "offload")
-    if remat not in policies:
-        raise ConfigError(f"remat: found {remat!r}, expected one of none, {', '.join(map(str, policies[1:]))}")
+    if remat not in POLICIES:
+        raise ConfigError(f"remat: found {remat!r}, expected one of none, {', '.join(map(str, POLICIES[1:]))}")
     limit = config.max_position_embeddings
     if not 1 <= context <= limit:
         raise ConfigError(f"context: found {context:,}, expected 1 to {limit:,}, the longest of this model")

@@ -306,9 +306,10 @@ def test_grouped_matmul(chip, call):
 @pytest.mark.parametrize(("chip", "call"), list(matrix(loss_calls())))
 def test_linear_cross_entropy(chip, call):
     memory = call.compile(chip)
-    # x's gradient in float32. A float32 weight is rounded once, and its gradient is no temporary.
+    # x's gradient in float32, and x without the rows that do not count. A float32 weight is rounded once, and its gradient is no
+    # temporary.
     rounded = 2 * call.vocab // call.shards * call.hidden if call.weight == "float32" else 0
-    assert memory.temp_size_in_bytes <= 1.1 * 4 * 8192 * call.hidden + rounded
+    assert memory.temp_size_in_bytes <= 1.1 * (4 + 2) * 8192 * call.hidden + rounded
 
 
 @pytest.mark.slow

@@ -126,13 +126,18 @@ def test_a_plan_that_is_given(monkeypatch: pytest.MonkeyPatch):
     given = ("v5e:2x4", "fsdp=8", "16", "none")
 
     def compile_one(plan: Plan, limit: float) -> tuple[topologies.Row, Plan]:
-        assert (str(plan.target), plan.mesh.fsdp, plan.work.batch, plan.work.remat) == ("v5e:2x4", 8, 16, None)
+        assert (str(plan.target), plan.mesh.fsdp, plan.work.batch, plan.work.remat) == asked
         memory = replace(plan.estimated, temporaries=more, activations=0)
         return {"topology": str(plan.target)}, replace(plan, compiled=Compiled(memory, None, {}, {}, 0.0, ()))
 
     monkeypatch.setattr(topologies, "_compile", compile_one)
-    more = 0
-    assert topologies.compile_given(cell, 1.0, *given) == {"topology": "v5e:2x4", "given": True, "refused": []}
+    more, asked = 0, ("v5e:2x4", 8, 16, None)
+    row = topologies.compile_given(cell, 1.0, *given)
+    assert row == {"topology": "v5e:2x4", "given": True, "refused": [], "may_do": "v5e:2x2"}
+    asked = ("v5e:2x2", 4, 16, None)
+    row = topologies.compile_given(cell, 1.0, "v5e:2x2", "fsdp=4", "16", "none")
+    assert "may_do" not in row and topologies._slice(row) == "2x2"
+    asked = ("v5e:2x4", 8, 16, None)
     more = 2**40
     with pytest.raises(
         topologies.CompilerFailure, match=r"v5e:2x4, fsdp=8, batch 16, remat none: needs 1,\S+ GiB of 15.75"
@@ -160,7 +165,7 @@ def test_a_plan_over_several_slices_that_is_given(monkeypatch: pytest.MonkeyPatc
     assert re.search(
         r"\| train \| 4xv6e:16x16 \| fsdp=32, expert=4, tensor=8 \| 128 \| offload \| \d+\.\d of 31\.2 \|", page
     )
-    assert "; over several slices found by hand; fewer slices are not ruled out." in page
+    assert "found by hand; parameters, gradients" in page and "; fewer than 4 slices are not ruled out." in page
     with pytest.raises(ConfigError, match="do not divide into 4 slices"):
         topologies.compile_given(cell, 1.0, "4xv6e:16x16", "fsdp=2,expert=64,tensor=8", "128", "offload")
 
