@@ -18,6 +18,11 @@ def target() -> str:
     return "tpu" if device is not None and device.device_kind.startswith("TPU") else jax.default_backend()
 
 
+def not_pallas(interpret: bool) -> str | None:
+    """Why an implementation without a Pallas kernel ("reference", "xla") cannot serve a call, or None."""
+    return "interpret=True is for Pallas kernels, and this is none" if interpret else None
+
+
 def choose(
     op: str, implementation: str | None, reasons: Mapping[str, str | None], *, order: Iterable[str] | None = None
 ) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels._select import choose
+from pallas_kernels._select import choose, not_pallas
 from pallas_kernels.attention import gpu, reference, tpu, xla
 
 Segments = Array | tuple[Array, Array] | None
@@ -123,7 +123,7 @@ def choose_implementation(implementation: str | None = None, *, interpret: bool 
 
 
 def _reasons(interpret: bool, on_tpu: str | None, on_gpu: str | None) -> dict[str, str | None]:
-    plain = "interpret=True is for Pallas kernels, and this is none" if interpret else None
+    plain = not_pallas(interpret)
     return {"reference": plain, "xla": plain, "tpu": on_tpu, "gpu": on_gpu}
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._select import choose
+from pallas_kernels._select import choose, not_pallas
 from pallas_kernels.grouped_matmul import gpu, quantized, reference, tpu, tpu_quantized, xla
 from pallas_kernels.grouped_matmul.quantized import QuantizedRhs
 
@@ -46,7 +46,7 @@ def grouped_matmul(
         cut to what leaves G.
       transpose_rhs: whether rhs is `[G, N, K]`.
       implementation: "reference", "xla", "tpu" (megablox; our kernel for a QuantizedRhs), "gpu", or None to choose.
-      interpret: run a Pallas implementation in the interpreter; the others ignore it.
+      interpret: run a Pallas implementation in its interpreter; the others refuse it.
       preferred_element_type: dtype of the result; lhs's by default.
 
     Returns:
@@ -113,8 +113,8 @@ def choose_implementation(
     """The name of the implementation that `grouped_matmul` would run; the same arguments and errors."""
     _check(lhs, rhs, group_sizes, group_offset, transpose_rhs, preferred_element_type)
     reasons = {
-        "reference": None,
-        "xla": None,
+        "reference": not_pallas(interpret),
+        "xla": not_pallas(interpret),
         "tpu": tpu.unsupported(lhs, rhs, interpret),
         "gpu": gpu.unsupported(),
     }

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._select import choose
+from pallas_kernels._select import choose, not_pallas
 from pallas_kernels.linear_cross_entropy import gpu, reference, tpu, xla
 
+_WHOLE = "it has the whole logits in memory and takes no chunk_size"
 _CHOOSES_TILES = "its tiles fit the chip and it takes no chunk_size"
 
 
@@ -46,7 +47,7 @@ def linear_cross_entropy(
       chunk_size: "xla": rows whose logits are in memory at a time; by default as many as have 256 MiB of them.
       axis_name: the mesh axis over which the vocabulary is split, or None.
       implementation: "reference" (whole logits), "xla" (chunks of rows), "tpu" (tiles on chip), "gpu", or None to choose.
-      interpret: run a Pallas implementation in the interpreter; the others ignore it.
+      interpret: run a Pallas implementation in its interpreter; the others refuse it.
 
     Returns:
       (loss float32 `[M]`, lse float32 `[M]`), both differentiable in x and weight (reverse mode).
@@ -110,8 +111,8 @@ def choose_implementation(
     del ignore_index, axis_name
     _check(x, weight, labels, mask, z_loss, chunk_size)
     reasons = {
-        "reference": None if chunk_size is None else "it has the whole logits in memory and takes no chunk_size",
-        "xla": None,
+        "reference": not_pallas(interpret) if chunk_size is None else _WHOLE,
+        "xla": not_pallas(interpret),
         "tpu": _CHOOSES_TILES if chunk_size is not None else tpu.unsupported(x, weight, interpret=interpret),
         "gpu": gpu.unsupported(),
     }

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels._select import choose
+from pallas_kernels._select import choose, not_pallas
 from pallas_kernels.paged_attention import gpu, reference, tpu, xla
 from pallas_kernels.paged_attention.pages import Pages
 
@@ -92,7 +92,7 @@ def choose_implementation(implementation: str | None = None, *, interpret: bool 
 
 
 def _reasons(interpret: bool, tpu_reason: str | None) -> dict[str, str | None]:
-    plain = "interpret=True is for Pallas kernels, and this is none" if interpret else None
+    plain = not_pallas(interpret)
     return {"reference": plain, "xla": plain, "tpu": tpu_reason, "gpu": gpu.unsupported()}
 
 

@@ -1,6 +1,7 @@
 """The grouped matmul against its plain meaning: values, gradients, poison, and a reasoned answer to every call."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.grouped_matmul import choose_implementation, grouped_matmul, tiles, xla
+from pallas_kernels.grouped_matmul import QuantizedRhs, choose_implementation, grouped_matmul, tiles, xla
 
 # (M, K, N, G): one small batch; a padded single row; heads and tiles; tiles up to 512 rows; a decode step.
 SHAPES = [(5, 8, 16, 4), (1, 256, 160, 64), (300, 96, 80, 16), (700, 96, 80, 4), (96, 64, 48, 64)]
@@ -294,25 +295,61 @@ def test_no_rows():
         assert not drhs.any()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 8, 16, 4), (128, 128, 128, 2)])
-@pytest.mark.parametrize("interpret", [False, True])
-@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu", "gpu", None])
-def test_every_pair_gives_a_result_or_a_reason(implementation, interpret, shape, dtype):
-    lhs, rhs, _ = operands(shape, dtype)
-    sizes = jnp.full((shape[3],), shape[0] // shape[3], jnp.int32)
-    options = {"implementation": implementation, "interpret": interpret}
-    # This suite's backend is the CPU.
-    served = implementation in ("reference", "xla", None)
-    served |= implementation == "tpu" and interpret and dtype == jnp.bfloat16 and shape[0] == 128
-    if served:
-        assert choose_implementation(lhs, rhs, sizes, **options) == (implementation or "xla")
-        assert grouped_matmul(lhs, rhs, sizes, **options).shape == (shape[0], shape[2])
-    else:
-        with pytest.raises(
-            NotImplementedError, match=r"grouped_matmul: implementation '(tpu|gpu)' cannot serve this call: .{20}"
-        ):
-            grouped_matmul(lhs, rhs, sizes, **options)
+CALLS = {
+    "plain": {},
+    "turned": {"transpose_rhs": True},
+    "empty groups": {"sizes": [0, 100, 0, 28]},
+    "rows of no group": {"sizes": [30, 0, 50, 0]},
+    "offset": {"group_offset": 2},
+    "traced offset": {"group_offset": jnp.int32(1)},
+    "result": {"preferred_element_type": jnp.float32},
+    "float32": {"dtype": jnp.float32},
+    "float16": {"dtype": jnp.float16},
+    "odd": {"shape": (5, 8, 16, 4), "sizes": [2, 0, 1, 1]},
+    "no rows": {"shape": (0, 128, 128, 4), "sizes": [0, 0, 0, 0]},
+    "int8": {"quantized": "int8"},
+    "int4": {"quantized": "int4", "transpose_rhs": True},
+    "float8": {"quantized": "float8_e4m3fn", "group_offset": 1},
+    "quantised odd": {"shape": (5, 8, 16, 4), "sizes": [2, 0, 1, 1], "quantized": "int8"},
+}
+NOT_ON_TPU = ("float32", "float16", "odd", "quantised odd")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_gives_a_result_or_a_reason(name):
+    """Every implementation, in the interpreter and out of it: what it returns is right, or it says why it cannot."""
+    call = {"shape": (128, 128, 128, 4), "sizes": [40, 8, 48, 32], "dtype": jnp.bfloat16, "quantized": None} | CALLS[
+        name
+    ]
+    lhs, rhs, _ = operands(call.pop("shape"), call.pop("dtype"))
+    sizes, small = jnp.asarray(call.pop("sizes"), jnp.int32), call.pop("quantized")
+    if call.get("transpose_rhs"):
+        rhs = rhs.swapaxes(1, 2)
+    rhs = rhs[int(call.get("group_offset", 0)) :]
+    if "traced offset" in name:
+        rhs = rhs[:2]
+    if small:
+        rhs = QuantizedRhs(jnp.round(2 * rhs).clip(-7, 7).astype(small), jnp.full((rhs.shape[0], 1, 1), 0.5))
+    wanted = np.asarray(grouped_matmul(lhs, rhs, sizes, implementation="reference", **call), np.float32)
+    served = set()
+    for implementation in ("reference", "xla", "tpu", "gpu", None):
+        for interpret in (False, True):
+            options = {"implementation": implementation, "interpret": interpret, **call}
+            try:
+                found = grouped_matmul(lhs, rhs, sizes, **options)
+            except NotImplementedError as reason:
+                words = "is for Pallas kernels|need a TPU|no Mosaic GPU kernel|multiplies|multiples of 128"
+                assert re.search(f"^grouped_matmul: .* ({words})", str(reason))  # noqa: PT017
+                with pytest.raises(NotImplementedError, match=re.escape(str(reason))):
+                    choose_implementation(lhs, rhs, sizes, **options)
+                continue
+            served.add((implementation, interpret))
+            assert choose_implementation(lhs, rhs, sizes, **options) == (implementation or "xla")
+            # Two orders of one float32 sum, which a narrow result may round to neighbours.
+            near = {"float16": 2**-10, "bfloat16": 2**-7}.get(found.dtype.name, 1e-5)
+            np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=near, atol=near)
+    on_tpu = set() if name in NOT_ON_TPU else {("tpu", True)}
+    assert served == {("reference", False), ("xla", False), (None, False)} | on_tpu
 
 
 def test_wrong_calls_are_named():

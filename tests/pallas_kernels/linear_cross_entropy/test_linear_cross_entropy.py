@@ -1,6 +1,7 @@
 """The linear cross entropy against its plain meaning: values, gradients, memory, and a reasoned answer to every call."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -196,19 +197,47 @@ def test_no_rows():
     assert not dweight.any()
 
 
-@pytest.mark.parametrize("chunk_size", [None, 4])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu", "gpu", None])
-def test_every_pair_gives_a_result_or_a_reason(implementation, dtype, chunk_size):
-    x, weight, labels, _ = operands(6, 8, 30, dtype)
-    options = {"implementation": implementation, "chunk_size": chunk_size}
-    if implementation in ("xla", None) or (implementation == "reference" and chunk_size is None):
-        assert choose_implementation(x, weight, labels, **options) == (implementation or "xla")
-        loss, lse = linear_cross_entropy(x, weight, labels, **options)
-        assert (loss.shape, loss.dtype, lse.shape, lse.dtype) == ((6,), jnp.float32, (6,), jnp.float32)
-    else:
-        with pytest.raises(NotImplementedError, match=r"linear_cross_entropy: .* cannot serve this call: .{20}"):
-            linear_cross_entropy(x, weight, labels, **options)
+CALLS = {
+    "plain": {},
+    "mask": {"mask": jnp.arange(6) % 2},
+    "ignored": {"ignore_index": 3, "labels": [3, 1, 3, 100, 0, 3]},
+    "z-loss": {"z_loss": 1e-2},
+    "chunks": {"chunk_size": 4},
+    "bfloat16": {"dtype": jnp.bfloat16},
+    "odd": {"shape": (6, 8, 30)},
+    "no rows": {"shape": (0, 128, 256)},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_gives_a_result_or_a_reason(name):
+    """Every implementation, in the interpreter and out of it: what it returns is right, or it says why it cannot."""
+    call = {"shape": (6, 128, 256), "dtype": jnp.float32, "labels": None} | CALLS[name]
+    x, weight, labels, _ = operands(*call.pop("shape"), call.pop("dtype"))
+    given = call.pop("labels")
+    arrays = (x, weight, labels if given is None else jnp.asarray(given))
+    plain = {key: value for key, value in call.items() if key != "chunk_size"}
+    wanted = linear_cross_entropy(*arrays, implementation="reference", **plain)
+    served = set()
+    for implementation in ("reference", "xla", "tpu", "gpu", None):
+        for interpret in (False, True):
+            options = {"implementation": implementation, "interpret": interpret, **call}
+            try:
+                found = linear_cross_entropy(*arrays, **options)
+            except NotImplementedError as reason:
+                words = "is for Pallas kernels|no TPU here|no GPU kernel|takes no chunk_size|multiples of 128"
+                assert re.search(f"^linear_cross_entropy: .* ({words})", str(reason))  # noqa: PT017
+                with pytest.raises(NotImplementedError, match=re.escape(str(reason))):
+                    choose_implementation(*arrays, **options)
+                continue
+            served.add((implementation, interpret))
+            assert choose_implementation(*arrays, **options) == (implementation or "xla")
+            for a, b in zip(found, wanted, strict=True):  # both sum float32, in two orders
+                assert (a.shape, a.dtype) == ((x.shape[0],), jnp.float32)
+                np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    takes_chunks = {("xla", False), (None, False)}
+    on_tpu = set() if name == "odd" else {("tpu", True)}
+    assert served == (takes_chunks if name == "chunks" else takes_chunks | on_tpu | {("reference", False)})
 
 
 def test_wrong_calls_are_named():
