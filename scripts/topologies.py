@@ -421,7 +421,9 @@ def _remarks(cell: Cell, row: Row) -> Iterator[str]:
     if row["topology"] is None:
         yield f"- {cell.step} on {cell.chip}: {row['why']}."
     elif row.get("given"):
-        less = f"{row['may_do']} has room by arithmetic" if "may_do" in row else "no smaller slice has room by arithmetic"
+        less = (
+            f"{row['may_do']} has room by arithmetic" if "may_do" in row else "no smaller slice has room by arithmetic"
+        )
         if "why" in row:
             less = f"{row['why']}; fewer than {Topology.parse(row['topology']).slices} slices are not ruled out"
         yield f"- {cell.step} on {cell.chip}: found by hand; {less}."
