@@ -1,6 +1,6 @@
 """The one public function of attention: it checks its input, picks an implementation and runs it."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -93,20 +93,29 @@ def attention(
     offsets = _check_offset(q_offset, q.shape[0])
     on_tpu = tpu.unsupported(q, k, causal=causal, interpret=interpret)
     on_gpu = gpu.unsupported(
-        q, k, segmented=segments is not None, q_offset=q_offset, interpret=interpret, return_lse=return_lse
+        q,
+        k,
+        causal=causal,
+        segmented=segments is not None,
+        q_offset=q_offset,
+        interpret=interpret,
+        return_lse=return_lse,
+        named=implementation is not None,
     )
     name = choose("attention", implementation, _reasons(interpret, on_tpu, on_gpu))
     if isinstance(q_offset, int | np.integer) and window is not None and window >= q_offset + q.shape[1]:
         window = None  # it hides nothing: the causal path
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    where = q_offset if isinstance(q_offset, int | np.integer) else offsets
+    how: dict[str, Any] = {"window": window, "scale": factor}
     if name == "tpu":
-        where = q_offset if isinstance(q_offset, int | np.integer) else offsets
-        out, lse = tpu.attention(q, k, v, where, segments, window=window, scale=factor, interpret=interpret)
-        return (out, lse) if return_lse else out
-    if name == "gpu":
-        return gpu.attention(q, k, v, causal=causal, window=window, scale=factor)
-    run = reference.attention if name == "reference" else xla.attention
-    out, lse = run(q, k, v, offsets, segments, causal=causal, window=window, scale=factor)
+        out, lse = tpu.attention(q, k, v, where, segments, interpret=interpret, **how)
+    elif name == "gpu":
+        how |= {"causal": causal, "interpret": interpret, "return_lse": return_lse}
+        return gpu.attention(q, k, v, where, segments, **how)
+    else:
+        run = reference.attention if name == "reference" else xla.attention
+        out, lse = run(q, k, v, offsets, segments, causal=causal, **how)
     return (out, lse) if return_lse else out
 
 

@@ -98,22 +98,29 @@ def attention(
     offset = (np if static else jnp).clip(q_offset, -queries, keys + (window or 0))
     band = Band(queries, keys, int(offset) if static else None)
     offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), q.shape[:1])
-    if band != Band(queries, queries, 0) or (segments is not None and segments[0] is not segments[1]):
-        k, v = _clear_unseen(band, window, k, v, offsets, segments)
+    k, v = clear_unseen(band, window, k, v, offsets, segments)
     plan = _Plan(window, scale, band, device_kind() or "", interpret)
     if plan.sliced and window is not None:
         k, v, segments = _beside_queries(band, tpu_window.look_back(window), k, v, offsets, segments)
     return _attention(plan, q, k, v, None if static else offsets, segments)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _clear_unseen(
+def clear_unseen(
     band: Band, window: int | None, k: Array, v: Array, offsets: Array, segments: tuple[Array, Array] | None
 ) -> tuple[Array, Array]:
     """Zeroes keys that no query of their row of the batch sees: they may hold NaN, and 0 * NaN is NaN.
 
     With one array of ids, T == S and no offset each key sees itself, and nothing is to do.
     """
+    if band == Band(band.queries, band.queries, 0) and (segments is None or segments[0] is segments[1]):
+        return k, v
+    return _clear_unseen(band, window, k, v, offsets, segments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _clear_unseen(
+    band: Band, window: int | None, k: Array, v: Array, offsets: Array, segments: tuple[Array, Array] | None
+) -> tuple[Array, Array]:
     query = jnp.arange(band.keys) - offsets[:, None]  # [B, S]: the query that stands at the key
     seen = query < band.queries
     if window is not None:

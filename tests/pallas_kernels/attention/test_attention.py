@@ -309,7 +309,7 @@ def test_every_call_gives_a_result_or_a_reason(name):
             try:
                 found = attention(q, k, v, implementation=implementation, interpret=interpret, **call)
             except NotImplementedError as reason:
-                words = "is for Pallas kernels|no TPU here|no GPU here|are causal|head dimensions|float16"
+                words = "is for Pallas kernels|no TPU here|no GPU here|(are|is) causal|head dimensions|float16"
                 assert re.search(f"^attention: .* ({words})", str(reason))  # noqa: PT017
                 continue
             served.add((implementation, interpret))
@@ -318,7 +318,8 @@ def test_every_call_gives_a_result_or_a_reason(name):
             for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
                 np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance)
     on_tpu = set() if name in ("all", "dim", "float16") else {("tpu", True)}
-    assert served == {("reference", False), ("xla", False), (None, False)} | on_tpu
+    on_gpu = set() if name == "all" else {("gpu", True)}
+    assert served == {("reference", False), ("xla", False), (None, False)} | on_tpu | on_gpu
 
 
 def test_the_choice_can_be_asked_and_is_logged_once(caplog, monkeypatch):

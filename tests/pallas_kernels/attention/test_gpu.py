@@ -1,4 +1,4 @@
-"""attention on GPU: what cuDNN is asked for, read from the program lowered for CUDA. No GPU computes here."""
+"""attention on GPU: what cuDNN or Triton is asked for, read from the program lowered for CUDA. No GPU computes here."""
 
 import functools
 import json
@@ -61,34 +61,75 @@ def test_none_takes_cudnn_on_a_gpu(cuda):
     assert len(calls(attention, shapes(32, 8, 128))) == 1
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "dtype", "head_dim", "reason"),
-    [
-        ({"segment_ids": jnp.zeros((2, 512), jnp.int32)}, jnp.bfloat16, 128, "no segment ids"),
-        ({"q_offset": 3}, jnp.bfloat16, 128, "q_offset=0"),
-        ({"q_offset": jnp.zeros(2, jnp.int32)}, jnp.bfloat16, 128, "q_offset=0"),
-        ({"return_lse": True}, jnp.bfloat16, 128, "log-sum-exp"),
-        ({}, jnp.float32, 128, "this is float32"),
-        ({}, jnp.bfloat16, 132, "multiples of 8 up to 128, and this is 132"),
-        ({"interpret": True}, jnp.bfloat16, 128, "Pallas kernels"),
-    ],
-)
-def test_what_cudnn_would_ignore_or_refuse_is_refused(cuda, kwargs, dtype, head_dim, reason):
-    arrays = shapes(8, 2, head_dim, dtype=dtype)
-    with pytest.raises(NotImplementedError, match=f"'gpu' cannot serve this call: .*{reason}"):
-        jax.eval_shape(functools.partial(attention, implementation="gpu", **kwargs), *arrays)
+IDS = np.zeros((2, 512), np.int32)
+BEYOND_CUDNN = {
+    "segments": ({"segment_ids": IDS}, jnp.bfloat16, 128, "no segment ids"),
+    "offset": ({"q_offset": 3}, jnp.bfloat16, 128, "q_offset=0"),
+    "traced": ({"q_offset": np.zeros(2, np.int32)}, jnp.bfloat16, 128, "q_offset=0"),
+    "lse": ({"return_lse": True}, jnp.bfloat16, 128, "log-sum-exp"),
+    "float32": ({}, jnp.float32, 128, "this is float32"),
+    "dim": ({}, jnp.bfloat16, 100, "multiples of 8 up to 128, and this is 100"),
+}
 
 
-def test_other_lengths_of_keys_are_refused(cuda):
+def target_names(run, arrays):
+    text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(r"custom_call @(__cudnn\$fmha\w+|__gpu\$xla\.gpu\.triton)\(", text)
+
+
+@pytest.mark.parametrize("name", BEYOND_CUDNN)
+def test_what_cudnn_would_ignore_or_refuse_is_the_pallas_kernel_by_name(cuda, name):
+    kwargs, dtype, head_dim, _ = BEYOND_CUDNN[name]
+    run = functools.partial(attention, implementation="gpu", **kwargs)
+    loss = lambda *x: sum(y.astype(jnp.float32).sum() for y in jax.tree.leaves(run(*x)))  # noqa: E731
+    asked = target_names(jax.grad(loss, (0, 1, 2)), shapes(8, 2, head_dim, dtype=dtype))
+    assert asked == ["__gpu$xla.gpu.triton"] * 3  # forward, d_q, and d_k with d_v
+
+
+@pytest.mark.parametrize("name", BEYOND_CUDNN)
+def test_what_cudnn_cannot_serve_goes_to_xla_when_nothing_was_named(cuda, name):
+    kwargs, dtype, head_dim, _ = BEYOND_CUDNN[name]
+    assert target_names(functools.partial(attention, **kwargs), shapes(8, 2, head_dim, dtype=dtype)) == []
+
+
+@pytest.mark.parametrize("name", BEYOND_CUDNN)
+def test_what_neither_serves_is_refused_with_both_reasons(cuda, name):
+    kwargs, dtype, head_dim, reason = BEYOND_CUDNN[name]
+    run = functools.partial(attention, implementation="gpu", causal=False, **kwargs)
+    with pytest.raises(
+        NotImplementedError, match=f"'gpu' cannot serve this call: .*{reason}.*; the Pallas kernel is causal"
+    ):
+        jax.eval_shape(run, *shapes(8, 2, head_dim, dtype=dtype))
+
+
+def test_wide_heads_and_long_arrays_are_refused(cuda):
+    run = functools.partial(attention, implementation="gpu")
+    with pytest.raises(NotImplementedError, match="kernel takes head dimensions up to 128, and this is 136"):
+        jax.eval_shape(run, *shapes(8, 2, 136))
+    with pytest.raises(NotImplementedError, match="32 bits"):
+        jax.eval_shape(functools.partial(run, return_lse=True), *shapes(64, 8, 128, length=2**17))
+
+
+def test_other_lengths_of_keys_are_not_for_cudnn(cuda):
     q, _, _ = shapes(8, 2, 128)
     _, k, v = shapes(8, 2, 128, length=640)
     with pytest.raises(NotImplementedError, match="T=512, S=640"):
-        jax.eval_shape(functools.partial(attention, implementation="gpu"), q, k, v)
+        jax.eval_shape(functools.partial(attention, implementation="gpu", causal=False), q, k, v)
+    assert target_names(functools.partial(attention, implementation="gpu"), (q, k, v)) == ["__gpu$xla.gpu.triton"]
 
 
-def test_what_cudnn_cannot_serve_goes_to_xla_when_nothing_was_named(cuda):
-    ids = jnp.zeros((2, 512), jnp.int32)
-    assert calls(functools.partial(attention, segment_ids=ids), shapes(8, 2, 128)) == []
+@pytest.mark.parametrize("model", HEADS)
+@pytest.mark.parametrize("window", [None, 128, 4096])
+def test_packed_training_lowers_to_the_pallas_kernels(cuda, model, window):
+    length = 8192 if window == 4096 else 512
+    ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
+
+    def loss(q, k, v, ids):
+        out = attention(q, k, v, window=window, segment_ids=ids, implementation="gpu")
+        return out.astype(jnp.float32).sum()
+
+    asked = target_names(jax.grad(loss, (0, 1, 2)), (*shapes(*HEADS[model], length=length), ids))
+    assert asked == ["__gpu$xla.gpu.triton"] * 3
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 64])
