@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.attention import attention, choose_implementation, gpu, reference
 
@@ -73,7 +74,10 @@ BEYOND_CUDNN = {
 
 
 def target_names(run, arrays):
-    text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    """The library and Triton calls of the program, in order."""
+    card = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100", None, "gpu"))
+    with jax.sharding.use_abstract_mesh(card):  # from jax 0.11 Triton's lowering asks which card it is for
+        text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     return re.findall(r"custom_call @(__cudnn\$fmha\w+|__gpu\$xla\.gpu\.triton)\(", text)
 
 
