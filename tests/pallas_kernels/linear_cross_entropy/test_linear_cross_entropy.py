@@ -172,7 +172,7 @@ def test_a_split_vocabulary_is_that_of_one_device(implementation: str, z_loss: f
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     x, weight, labels, grads = operands(32, 128, 512)
     weight, labels = weight / 8, labels.at[3].set(IGNORED)
-    options = {"implementation": implementation, "z_loss": z_loss, "interpret": True}
+    options = {"implementation": implementation, "z_loss": z_loss, "interpret": implementation == "tpu"}
     rows, words = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec("tensor")
 
     def run(x, weight):
