@@ -89,11 +89,12 @@ class Attention(NamedTuple):
             call = functools.partial(attention, segment_ids=ids, q_offset=offset, window=layer.window)
             return call(q, k, v, implementation="tpu")
 
-        def loss(*args):
-            return forward(*args).astype(jnp.float32).sum()
+        def both(q, k, v, ids, offset, d_out):
+            out, pull = jax.vjp(lambda *qkv: forward(*qkv, ids, offset), q, k, v)
+            return out, pull(d_out)
 
-        run = jax.value_and_grad(loss, (0, 1, 2)) if self.backward else forward
-        return compile_for(chip, run, q, k, k, ids, array((batch,), jnp.int32)).memory_analysis()
+        shapes = (q, k, k, ids, array((batch,), jnp.int32), *([q] if self.backward else []))
+        return compile_for(chip, both if self.backward else forward, *shapes).memory_analysis()
 
 
 def attention_calls():
@@ -280,8 +281,8 @@ def test_attention(chip, call):
     face = memory.argument_size_in_bytes + memory.output_size_in_bytes
     window = call.layer.window
     if window is not None and window <= 1024 and call.layer.dim == 128 and call.offset is not None:
-        # Re-laid-out copies of the arguments and the results. Measured at most 1.06.
-        assert memory.temp_size_in_bytes <= 1.1 * face
+        # Re-laid-out copies of the arguments and the results, each once. Measured up to 0.91 at W = 128, and 1.12 at 1,024.
+        assert memory.temp_size_in_bytes <= (1.1 if window <= 128 else 1.15) * face
 
 
 @pytest.mark.parametrize(("chip", "call"), list(matrix(paged_calls())))
