@@ -32,7 +32,6 @@ from typing import IO, Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 
 from benchmarks.machine import describe
@@ -199,19 +198,8 @@ def main() -> None:
     console = Console(width=130)
     told = subprocess.run([args.llama_server, "--version"], capture_output=True, text=True, check=True)
     commit = told.stderr.partition("commit ")[2].partition(")")[0]
-    table = Table(title=f"{describe(transformers=version('transformers'))}, llama.cpp {commit}")
-    for name in (
-        "dtype",
-        "requests",
-        "tokens/s",
-        "llama.cpp",
-        "ratio",
-        "first token, s",
-        "llama.cpp",
-        "ratio",
-        "agree",
-    ):
-        table.add_column(name, justify="right")
+    console.print(f"{describe(transformers=version('transformers'))}, llama.cpp {commit}")
+    console.print("tokens/s: exaone_jax, llama.cpp; ratio | seconds to a first token: the same | tokens that agree")
     for dtype in args.dtype:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint, packed = Path(folder) / "hf", Path(folder) / "model.gguf"
@@ -224,10 +212,9 @@ def main() -> None:
                 ):
                     seconds, their_seconds, (made, first), (expected, their_first) = compare(mine, other, TURNS)
                 count, agree = concurrent * NEW, np.mean(np.asarray(made) == np.asarray(expected))
-                rates = f"{count / seconds:.1f}", f"{count / their_seconds:.1f}", f"{their_seconds / seconds:.2f}"
-                firsts = f"{first:.2f}", f"{their_first:.2f}", f"{their_first / first:.2f}"
-                table.add_row(dtype, str(concurrent), *rates, *firsts, f"{agree:.1%}")
-    console.print(table)
+                rates = f"{count / seconds:.1f}, {count / their_seconds:.1f}; {their_seconds / seconds:.2f}"
+                firsts = f"{first:.2f}, {their_first:.2f}; {their_first / first:.2f}"
+                console.print(f"{dtype}, {concurrent} at once: {rates} | {firsts} | {agree:.1%}")
 
 
 if __name__ == "__main__":

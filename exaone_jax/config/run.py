@@ -118,14 +118,15 @@ class HostsConfig(_Frozen):
     heartbeat: PositiveInt = 100
 
 
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts"]
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts", "lm_head"]
 
 
 class LoraConfig(_Frozen):
     """Adapters of low rank are trained, and all else is frozen.
 
     alpha: an adapter's product is multiplied by alpha / rank. targets: which matrices of every layer have one: those of
-    attention, those of the dense layers' MLP and the shared experts, and all three of each of the experts.
+    attention, those of the dense layers' MLP and the shared experts, and all three of each of the experts; and the output head,
+    whose product with its adapter is one matrix, so that its backward pass costs what training it would.
     base: what the frozen matrices of the layers are kept in; where in 8 or 4 bits, all else that is frozen is in bfloat16.
     """
 

@@ -154,8 +154,11 @@ class Transformer(nnx.Module):
         return dot(hidden, self.head_weight()).astype(jnp.float32)
 
     def head_weight(self) -> jax.Array:
-        """The output projection `[V, D]`; of tied models the embedding."""
-        return self.embed.embedding[...] if self.config.tie_word_embeddings else self.lm_head.weight[...]
+        """The output projection `[V, D]`; of tied models the embedding. Float32 where an adapter is added to it."""
+        if self.config.tie_word_embeddings:
+            return self.embed.embedding[...]
+        weight, adapter = self.lm_head.weight[...], self.lm_head.adapter
+        return weight if adapter is None else adapter.added_to(weight)
 
     def init_cache(self, batch: int, capacity: int, chunk: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` positions, at most `chunk` of them a step."""

@@ -32,12 +32,12 @@ _EXPERT_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def adapt(model: Transformer, lora: LoraConfig, rngs: nnx.Rngs) -> None:
-    """Freeze a model in place and put adapters beside the matrices of its layers that `lora.targets` names.
+    """Freeze a model in place and put adapters beside the matrices of its layers, and the head, that `lora.targets` names.
 
     The multi-token-prediction layer is frozen without adapters: PEFT's model has none. a is uniform in +-1 / sqrt(in) and
     b zero, so that the adapted model starts as the model itself.
 
-    Raises ConfigError where a target is in no layer.
+    Raises ConfigError where the model has no such matrix.
     """
     missing = set(lora.targets)
     for path, module in list(nnx.iter_modules(model)):
@@ -45,7 +45,7 @@ def adapt(model: Transformer, lora: LoraConfig, rngs: nnx.Rngs) -> None:
             continue
         name, layer = str(path[-1]), path[0] == "segments"
         if isinstance(module, Linear):
-            weight, wanted = module.weight, layer and name in lora.targets
+            weight, wanted = module.weight, (layer or path == ("lm_head",)) and name in lora.targets
             if wanted:
                 module.adapter = _adapter(weight, lora, rngs)
             if layer:
@@ -60,7 +60,8 @@ def adapt(model: Transformer, lora: LoraConfig, rngs: nnx.Rngs) -> None:
         if wanted:
             missing.discard(name)
     if missing:
-        raise ConfigError(f"lora.targets: no layer of this model has {', '.join(sorted(missing))}")
+        tied = "; its output head is the embedding" if "lm_head" in missing else ""
+        raise ConfigError(f"lora.targets: this model has no {', '.join(sorted(missing))}{tied}")
     _freeze_rest(model, lora)
 
 
@@ -88,7 +89,7 @@ def base_dtype(lora: LoraConfig) -> str:
 
 
 def _freeze_rest(model: Transformer, lora: LoraConfig) -> None:
-    """Norms, embedding, head, routers and the multi-token-prediction layer."""
+    """Norms, embedding, the head's matrix, routers and the multi-token-prediction layer."""
     for _, module in list(nnx.iter_modules(model)):
         if isinstance(module, Adapter):
             continue

@@ -102,8 +102,11 @@ def test_what_is_frozen_has_no_parameters_left(model: Transformer) -> None:
 
 def test_a_target_that_no_layer_has_is_refused() -> None:
     config = set_up(small_run(Path("unused"), model=DENSE)).model
-    with pytest.raises(ConfigError, match=r"lora\.targets: no layer of this model has experts"):
+    with pytest.raises(ConfigError, match=r"lora\.targets: this model has no experts$"):
         adapt(Transformer(config, rngs=nnx.Rngs(0)), LORA, nnx.Rngs(0))
+    tied = config.model_copy(update={"tie_word_embeddings": True})
+    with pytest.raises(ConfigError, match=r"this model has no lm_head; its output head is the embedding"):
+        adapt(Transformer(tied, rngs=nnx.Rngs(0)), LoraConfig(targets=("q_proj", "lm_head")), nnx.Rngs(0))
 
 
 def test_int8_rounds_each_row_to_127_steps() -> None:
@@ -282,6 +285,8 @@ def test_the_fresh_adapters_do_not_depend_on_the_mesh(base: Path, tmp_path: Path
         ("exaone_moe", EVERY),
         ("exaone_moe", ("experts",)),
         ("exaone_moe", ("gate_proj", "experts")),
+        ("exaone_moe", ("o_proj", "lm_head")),
+        ("exaone4-hybrid", ("lm_head",)),
     ],
 )
 def test_peft_loads_the_adapter_and_says_the_same(name: str, targets: tuple[str, ...], tmp_path: Path) -> None:
