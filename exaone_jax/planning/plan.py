@@ -12,6 +12,7 @@ from exaone_jax.costs.chips import CHIPS, Chip, Topology, chip_named, topologies
 from exaone_jax.costs.flops import StepFlops, step_flops
 from exaone_jax.costs.workload import Workload
 from exaone_jax.errors import ConfigError
+from exaone_jax.model.stack import Remat
 from exaone_jax.parallel import MESH_AXES, MeshShape
 from exaone_jax.planning.collectives import least_bytes, least_dcn_bytes
 from exaone_jax.planning.inputs import device_bytes, step_inputs
@@ -204,7 +205,7 @@ def remedy(plan: Plan, config: ModelConfig) -> str:
     over = plan.memory.total - plan.hbm_bytes
     words = f"does not fit: {gib(plan.memory.total)} of {gib(plan.hbm_bytes)} a device, {gib(over)} too much"
     reason = no_slice_holds(config, chip, plan.work) if plan.target.slices == 1 else None
-    attempts = [_more_slices] if reason else [_smaller_batch, _other_mesh, _more_chips, _more_slices]
+    attempts = [_more_slices] if reason else [_smaller_batch, _other_mesh, _offloaded, _more_chips, _more_slices]
     found = next(filter(None, (attempt(plan, config) for attempt in attempts)), None)
     more = "more slices" if plan.target.slices > 1 or reason else "up to 64 times as many chips"
     return "; ".join(filter(None, (words, reason, found or f"no mesh of {more} was found that fits")))
@@ -239,11 +240,18 @@ def _smaller_batch(plan: Plan, config: ModelConfig) -> str | None:
     return None
 
 
-def _other_mesh(plan: Plan, config: ModelConfig) -> str | None:
+def _other_mesh(plan: Plan, config: ModelConfig, remat: Remat = None) -> str | None:
+    """Also with `remat`, if given."""
     from exaone_jax.planning.search import search
 
-    best = search(plan.model, config, plan.target, _same_work(plan.work))
+    work = replace(plan.work, remat=remat) if remat else plan.work
+    best = search(plan.model, config, plan.target, _same_work(work))
     return f"{_options(best[0], plan)} would fit" if best else None
+
+
+def _offloaded(plan: Plan, config: ModelConfig) -> str | None:
+    """With what enters each layer kept in the host's memory."""
+    return _other_mesh(plan, config, "offload") if plan.work.mode == "train" else None
 
 
 def _more_chips(plan: Plan, config: ModelConfig) -> str | None:

@@ -133,6 +133,13 @@ def test_what_cannot_fit_on_any_slice_says_so(capsys: pytest.CaptureFixture[str]
     assert re.search(words, out["shortfall"][0])
 
 
+def test_a_larger_slice_is_not_asked_for_where_the_hosts_memory_would_do(capsys: pytest.CaptureFixture[str]):
+    arguments = "K-EXAONE-236B-A23B --topology v6e:16x16 --mesh fsdp=32,tensor=8 --batch 32 --no-compile"
+    code, out = run_json(capsys, "plan", *arguments.split())
+    assert code == 1
+    assert re.search(r"GiB too much; --mesh \S+( --batch \d+)? --remat offload would fit$", out["shortfall"][0])
+
+
 def test_a_row_for_each_part_where_more_chips_are_needed(capsys: pytest.CaptureFixture[str]):
     arguments = "EXAONE-4.0-32B --topology v5e:2x2 --mesh tensor=4 --batch 1 --context 512 --no-compile"
     code, out = run_json(capsys, "plan", *arguments.split())
