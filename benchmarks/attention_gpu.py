@@ -4,7 +4,8 @@
 
 bfloat16, D = 128, 64 query heads on 8 kv heads. A time is the median of rounds of 10 calls that the device runs one after
 the other, as the host's clock sees them; sides take turns. TFLOP/s count live places only (a query at p sees min(p + 1, W)
-keys), five products backward for two forward. `--torch` adds SDPA (causal) and flex_attention (compiled, both masks).
+keys), five products backward for two forward. `packed` has segment ids, all the same, and so is the Pallas kernel where the
+others are cuDNN. `--torch` adds SDPA (causal) and flex_attention (compiled, both masks).
 """
 
 import argparse
@@ -31,9 +32,11 @@ def live_flops(length: int, window: int | None, backward: bool) -> int:
     return (14 if backward else 4) * HEADS * HEAD_DIM * seen
 
 
-def ours(arrays: list[np.ndarray], window: int | None, backward: bool) -> Callable[[], None]:
+def ours(arrays: list[np.ndarray], window: int | None, backward: bool, packed: bool = False) -> Callable[[], None]:
     q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
     run = functools.partial(attention, window=window)
+    if packed:
+        run = functools.partial(run, segment_ids=jnp.zeros(q.shape[:2], jnp.int32), implementation="gpu")
 
     def both(q, k, v, g):
         out, pull = jax.vjp(run, q, k, v)
@@ -94,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
 
     table = Table("pass", "side", "ms", "TFLOP/s", "causal of ours / this")
     for backward in (False, True):
-        sides = {("ours", None): ours(arrays, None, backward), ("ours", WINDOW): ours(arrays, WINDOW, backward)}
+        sides = {("ours", window): ours(arrays, window, backward) for window in (None, WINDOW)}
+        sides |= {("ours, packed", window): ours(arrays, window, backward, packed=True) for window in (None, WINDOW)}
         if args.torch:
             sides[("torch SDPA", None)] = theirs(arrays, None, backward, flex=False)
             for window in (None, WINDOW):

@@ -14,6 +14,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels._triton import product
+
 _HIDDEN = -1e30  # finite, so that a row that sees nothing has no inf - inf
 _NEVER = 1e30  # the lse of a query that sees nothing: every weight exp(score - lse) is 0
 
@@ -60,12 +62,6 @@ def attention(
     return out[:, :length, :, :head_dim], lse[:, :, :length]
 
 
-def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _seen(plan: Plan, offset: Array, query: Array, key: Array, q_ids: Array | None, k_ids: Array | None) -> Array:
     """bool [queries, keys] of a tile, of which `query` and `key` are the first."""
     index = key + lax.broadcasted_iota(jnp.int32, (plan.block, plan.block), 1)
@@ -105,11 +101,11 @@ def _forward_kernel(plan: Plan, offset_ref, q_ref, k_ref, v_ref, *refs) -> None:
         peak, total, out = carry
         at = pl.ds(block * plan.block, plan.block)
         seen = _seen(plan, offset, query, block * plan.block, q_ids, ids[1][at] if ids else None)
-        scores = jnp.where(seen, _product(q, k_ref[at, :], (1, 1)) * plan.scale, _HIDDEN)
+        scores = jnp.where(seen, product(q, k_ref[at, :], (1, 1)) * plan.scale, _HIDDEN)
         higher = jnp.maximum(peak, scores.max(1))
         weights = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0.0)
         rescale = jnp.exp(peak - higher)
-        out = out * rescale[:, None] + _product(weights.astype(q.dtype), v_ref[at, :], (1, 0))
+        out = out * rescale[:, None] + product(weights.astype(q.dtype), v_ref[at, :], (1, 0))
         return higher, total * rescale + weights.sum(1), out
 
     start = (jnp.full(plan.block, _HIDDEN), jnp.zeros(plan.block), jnp.zeros(q.shape, jnp.float32))
@@ -123,9 +119,9 @@ def _forward_kernel(plan: Plan, offset_ref, q_ref, k_ref, v_ref, *refs) -> None:
 
 def _score_gradient(plan: Plan, q, d_out, k, v, lse, shift, seen) -> tuple[Array, Array]:
     """(weights, gradient of the scores before `scale`) of a tile, float32 [queries, keys]."""
-    scores = jnp.where(seen, _product(q, k, (1, 1)) * plan.scale, _HIDDEN)
+    scores = jnp.where(seen, product(q, k, (1, 1)) * plan.scale, _HIDDEN)
     weights = jnp.exp(scores - lse[:, None])
-    return weights, weights * (_product(d_out, v, (1, 1)) - shift[:, None]) * plan.scale
+    return weights, weights * (product(d_out, v, (1, 1)) - shift[:, None]) * plan.scale
 
 
 def _d_q_kernel(plan: Plan, offset_ref, q_ref, d_out_ref, lse_ref, shift_ref, k_ref, v_ref, *refs) -> None:
@@ -140,7 +136,7 @@ def _d_q_kernel(plan: Plan, offset_ref, q_ref, d_out_ref, lse_ref, shift_ref, k_
         seen = _seen(plan, offset, query, block * plan.block, q_ids, ids[1][at] if ids else None)
         k = k_ref[at, :]
         _, d_scores = _score_gradient(plan, *rows, k, v_ref[at, :], *stats, seen)
-        return d_q + _product(d_scores.astype(k.dtype), k, (1, 0))
+        return d_q + product(d_scores.astype(k.dtype), k, (1, 0))
 
     bounds = _key_blocks(plan, offset, query, k_ref.shape[0] // plan.block)
     d_q = lax.fori_loop(*bounds, visit, jnp.zeros(q_ref.shape, jnp.float32))
@@ -162,8 +158,8 @@ def _d_kv_kernel(plan: Plan, offset_ref, q_ref, d_out_ref, lse_ref, shift_ref, k
         seen = _seen(plan, offset, block * plan.block, key, ids[0][at] if ids else None, k_ids)
         q, d_out = q_ref[at, head, :], d_out_ref[at, head, :]
         weights, d_scores = _score_gradient(plan, q, d_out, k, v, lse_ref[head, at], shift_ref[head, at], seen)
-        d_v += _product(weights.astype(d_out.dtype), d_out, (0, 0))
-        return d_k + _product(d_scores.astype(q.dtype), q, (0, 0)), d_v
+        d_v += product(weights.astype(d_out.dtype), d_out, (0, 0))
+        return d_k + product(d_scores.astype(q.dtype), q, (0, 0)), d_v
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     d_k, d_v = lax.fori_loop(0, count * q_ref.shape[1], visit, (zeros, zeros))

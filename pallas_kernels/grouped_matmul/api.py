@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._select import choose, not_pallas
-from pallas_kernels.grouped_matmul import gpu, quantized, reference, tpu, tpu_quantized, xla
+from pallas_kernels.grouped_matmul import gpu, gradient, quantized, reference, tpu, tpu_quantized, xla
 from pallas_kernels.grouped_matmul.quantized import QuantizedRhs
 
 # None takes "xla" everywhere (`lax.ragged_dot` off the CPU) until a kernel of "tpu" or "gpu" has been timed faster.
@@ -45,7 +45,7 @@ def grouped_matmul(
       group_offset: the first group of rhs, an integer or an int32 scalar; a traced one that leaves fewer than G groups is
         cut to what leaves G.
       transpose_rhs: whether rhs is `[G, N, K]`.
-      implementation: "reference", "xla", "tpu" (megablox; our kernel for a QuantizedRhs), "gpu", or None to choose.
+      implementation: "reference", "xla", "tpu" (megablox; our kernel for a QuantizedRhs), "gpu" (our kernel), or None to choose.
       interpret: run a Pallas implementation in its interpreter; the others refuse it.
       preferred_element_type: dtype of the result; lhs's by default.
 
@@ -71,15 +71,18 @@ def grouped_matmul(
     if lhs.shape[0] == 0:
         return jnp.zeros((0, rhs.shape[1 if transpose_rhs else 2]), out_dtype)
     sizes, first = _own(group_sizes, group_offset, lhs.shape[0], rhs.shape[0])
+    gpu_product, gpu_outer = gpu.interpreted if interpret else gpu.compiled
     if isinstance(rhs, QuantizedRhs):
-        products = {"reference": _plain_quantized, "xla": xla.product}
+        products = {"reference": _plain_quantized, "xla": xla.product, "gpu": gpu_product}
         products["tpu"] = tpu_quantized.interpreted if interpret else tpu_quantized.compiled
         plan = quantized.Plan(products[name], transpose_rhs, lhs.dtype, out_dtype)
         return quantized.grouped_matmul(lhs, rhs, sizes, first, plan)
     if name == "tpu":
         return tpu.grouped_matmul(lhs, rhs, sizes, first, transpose_rhs, out_dtype, interpret)
-    run = reference.grouped_matmul if name == "reference" else xla.grouped_matmul
-    return run(lhs, rhs, sizes, first, transpose_rhs, out_dtype)
+    if name == "reference":
+        return reference.grouped_matmul(lhs, rhs, sizes, first, transpose_rhs, out_dtype)
+    product, outer = (gpu_product, gpu_outer) if name == "gpu" else (xla.product, xla.outer)
+    return gradient.grouped_matmul(lhs, rhs, sizes, first, gradient.Plan(product, outer, transpose_rhs, out_dtype))
 
 
 def _own(
@@ -116,7 +119,7 @@ def choose_implementation(
         "reference": not_pallas(interpret),
         "xla": not_pallas(interpret),
         "tpu": tpu.unsupported(lhs, rhs, interpret),
-        "gpu": gpu.unsupported(),
+        "gpu": gpu.unsupported(lhs, rhs, interpret=interpret, named=implementation is not None),
     }
     return choose("grouped_matmul", implementation, reasons, order=_ORDER)
 

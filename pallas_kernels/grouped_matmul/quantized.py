@@ -55,6 +55,25 @@ def dequantize(rhs: QuantizedRhs, dtype: jnp.dtype) -> jax.Array:
     return (blocks * scales[..., :, None, :, None]).reshape(values.shape).astype(dtype)
 
 
+def split_scales(
+    x: jax.Array, rhs: QuantizedRhs, begin: jax.Array, sizes: jax.Array, transposed: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """What a kernel that multiplies x `[M, K]` with the values is to multiply where: (x, after, scales).
+
+    x has taken in scales of contracted channels. after: float32 `[G, 1, N]` for the finished sums, or None. scales: float32
+    `[G, A / a, B / b]` of blocks in both axes, for each tile of the values, or None. begin, sizes: int32 `[G]`, the groups' rows.
+    """
+    scales, axis = rhs.scales, 2 if transposed else 1  # of rhs, that is contracted
+    if min(scales.shape[1:]) > 1:
+        return x, None, scales
+    if scales.shape[axis] == 1:
+        after = scales.reshape(scales.shape[0], 1, -1)
+        return x, jnp.repeat(after, rhs.shape[3 - axis] // after.shape[2], axis=2), None
+    before = jnp.repeat(scales.reshape(scales.shape[0], -1), x.shape[1] // scales.shape[axis], axis=1)
+    group = jnp.clip(jnp.searchsorted(begin + sizes, jnp.arange(x.shape[0]), side="right"), 0, len(sizes) - 1)
+    return (x.astype(jnp.float32) * before[group]).astype(x.dtype), None, None
+
+
 # (x, rhs, sizes, first, transposed, out_dtype) -> x[m] @ rhs[g] or, transposed, x[m] @ rhs[g].T
 Product = Callable[[jax.Array, QuantizedRhs, jax.Array, jax.Array | None, bool, jnp.dtype], jax.Array]
 

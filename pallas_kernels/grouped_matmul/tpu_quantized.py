@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul.quantized import QuantizedRhs
+from pallas_kernels.grouped_matmul.quantized import QuantizedRhs, split_scales
 
 _LANES = 128
 _ROWS = 128  # of a tile; each group's first and last tile are shared with its neighbours
@@ -49,25 +49,17 @@ def product(
     interpret: bool,
 ) -> jax.Array:
     """x `[M, K]` times values `[G, K, N]` or, transposed, `[G, N, K]` -> `[M, N]`, zeros in the rows of no group."""
-    num_rows, axis = x.shape[0], 2 if transposed else 1  # of rhs, that is contracted
+    num_rows, n = x.shape[0], rhs.shape[1 if transposed else 2]
     begin = jnp.cumsum(sizes) - sizes + (0 if first is None else first)
     row = jnp.arange(num_rows)
     mine = ((row >= begin[0]) & (row < begin[-1] + sizes[-1]))[:, None]
-    x = jnp.where(mine, x, 0)
-    scales, in_kernel = rhs.scales, min(rhs.scales.shape[1:]) > 1
-    after = jnp.ones((rhs.shape[0], 1, 1), jnp.float32)
-    if in_kernel:
+    x, after, scales = split_scales(jnp.where(mine, x, 0), rhs, begin, sizes, transposed)
+    if after is None:
+        after = jnp.ones((rhs.shape[0], 1, n), jnp.float32)
+    if scales is not None:
         scales = jnp.repeat(scales, rhs.shape[2] // scales.shape[2], axis=2)
-    elif scales.shape[axis] == 1:
-        after = scales.reshape(scales.shape[0], 1, -1)
-    else:
-        before = jnp.repeat(scales.reshape(scales.shape[0], -1), x.shape[1] // scales.shape[axis], axis=1)
-        group = jnp.clip(jnp.searchsorted(begin + sizes, row, side="right"), 0, len(sizes) - 1)
-        x = (x.astype(jnp.float32) * before[group]).astype(x.dtype)
-    n = rhs.shape[1 if transposed else 2]
-    after = jnp.repeat(after, n // after.shape[2], axis=2)
     x = jnp.pad(x, ((0, -num_rows % _ROWS), (0, 0)))
-    out = _call(x, rhs.values, scales if in_kernel else None, after, begin, sizes, transposed, out_dtype, interpret)
+    out = _call(x, rhs.values, scales, after, begin, sizes, transposed, out_dtype, interpret)
     return jnp.where(mine, out[:num_rows], 0)
 
 

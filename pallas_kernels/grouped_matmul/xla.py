@@ -13,31 +13,6 @@ from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.quantized import QuantizedRhs, dequantize
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def grouped_matmul(
-    lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, first: jax.Array | None, transpose_rhs: bool, out_dtype: jnp.dtype
-) -> jax.Array:
-    """lhs `[M, K]`, rhs `[G, K, N]` or, transposed, `[G, N, K]`, sizes int32 `[G]` of the groups from row `first` (None: 0)
-    on, inside the rows -> `[M, N]` of out_dtype."""
-    return product(lhs, rhs, sizes, first, transpose_rhs, out_dtype)
-
-
-def _forward(
-    lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, first: jax.Array | None, transpose_rhs: bool, out_dtype: jnp.dtype
-):
-    return product(lhs, rhs, sizes, first, transpose_rhs, out_dtype), (lhs, rhs, sizes, first)
-
-
-def _backward(transpose_rhs: bool, out_dtype: jnp.dtype, saved: tuple, grad: jax.Array):
-    lhs, rhs, sizes, first = saved
-    left, right = (grad, lhs.astype(grad.dtype)) if transpose_rhs else (lhs.astype(grad.dtype), grad)
-    drhs = outer(left, right, sizes, first, rhs.dtype)
-    return product(grad, rhs, sizes, first, not transpose_rhs, lhs.dtype), drhs, None, None
-
-
-grouped_matmul.defvjp(_forward, _backward)
-
-
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def product(
     x: jax.Array,

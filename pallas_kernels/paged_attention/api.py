@@ -70,13 +70,13 @@ def paged_attention(
     _check_arrays(q, pages)
     _check_sequences(page_table, query_starts, lengths)
     window = _check_window(window)
-    reason = tpu.unsupported(q, pages, interpret=interpret)
-    name = choose("paged_attention", implementation, _reasons(interpret, reason))
+    name = _choose(implementation, interpret, q, pages)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     sequences = (jnp.asarray(query_starts, jnp.int32), jnp.asarray(lengths, jnp.int32))
     pages = pages._replace(table=jnp.asarray(page_table, jnp.int32))
-    if name == "tpu":
-        return tpu.paged_attention(q, pages, *sequences, window=window, scale=factor, interpret=interpret)
+    if name in ("tpu", "gpu"):
+        kernel = tpu.paged_attention if name == "tpu" else gpu.paged_attention
+        return kernel(q, pages, *sequences, window=window, scale=factor, interpret=interpret)
     run = reference.paged_attention if name == "reference" else xla.paged_attention
     return run(q, pages, *sequences, window=window, scale=factor)
 
@@ -84,16 +84,22 @@ def paged_attention(
 def choose_implementation(implementation: str | None = None, *, interpret: bool = False) -> str:
     """Returns the implementation that `paged_attention(..., implementation=implementation, interpret=interpret)` would run.
 
-    That is for a call that the backend's own kernel serves; `tpu.unsupported` says which calls the TPU's does not.
+    That is for a call that the backend's own kernel serves; `tpu.unsupported` and `gpu.unsupported` say which it does not.
 
     Raises as `paged_attention` does where none can.
     """
-    return choose("paged_attention", implementation, _reasons(interpret, tpu.unsupported(interpret=interpret)))
+    return _choose(implementation, interpret)
 
 
-def _reasons(interpret: bool, tpu_reason: str | None) -> dict[str, str | None]:
+def _choose(implementation: str | None, interpret: bool, q: Array | None = None, pages: Pages | None = None) -> str:
     plain = not_pallas(interpret)
-    return {"reference": plain, "xla": plain, "tpu": tpu_reason, "gpu": gpu.unsupported()}
+    reasons = {
+        "reference": plain,
+        "xla": plain,
+        "tpu": tpu.unsupported(q, pages, interpret=interpret),
+        "gpu": gpu.unsupported(q, pages, interpret=interpret, named=implementation is not None),
+    }
+    return choose("paged_attention", implementation, reasons)
 
 
 def _check_arrays(q: Array, pages: Pages) -> None:

@@ -338,7 +338,7 @@ def test_every_call_gives_a_result_or_a_reason(name):
             try:
                 found = grouped_matmul(lhs, rhs, sizes, **options)
             except NotImplementedError as reason:
-                words = "is for Pallas kernels|need a TPU|no Mosaic GPU kernel|multiplies|multiples of 128"
+                words = "is for Pallas kernels|need a TPU|no GPU here|no 4-bit arrays|multiplies|multiples of 128"
                 assert re.search(f"^grouped_matmul: .* ({words})", str(reason))  # noqa: PT017
                 with pytest.raises(NotImplementedError, match=re.escape(str(reason))):
                     choose_implementation(lhs, rhs, sizes, **options)
@@ -349,7 +349,8 @@ def test_every_call_gives_a_result_or_a_reason(name):
             near = {"float16": 2**-10, "bfloat16": 2**-7}.get(found.dtype.name, 1e-5)
             np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=near, atol=near)
     on_tpu = set() if name in NOT_ON_TPU else {("tpu", True)}
-    assert served == {("reference", False), ("xla", False), (None, False)} | on_tpu
+    on_gpu = set() if name == "int4" else {("gpu", True)}
+    assert served == {("reference", False), ("xla", False), (None, False)} | on_tpu | on_gpu
 
 
 def test_wrong_calls_are_named():

@@ -26,7 +26,7 @@ class Case:
 
 
 def _call(q, arrays, implementation, window, scale):
-    interpret = implementation == "tpu"
+    interpret = implementation in ("tpu", "gpu")
     return paged_attention(q, **arrays, window=window, scale=scale, implementation=implementation, interpret=interpret)
 
 
@@ -37,8 +37,8 @@ _interpreted = jax.jit(_call, static_argnames=_static, compiler_options={"xla_ba
 
 
 def run(case, implementation, window=None, scale=None):
-    """The result in float32 numpy; the TPU kernel in its interpreter."""
-    jitted = _interpreted if implementation == "tpu" else _plain
+    """The result in float32 numpy; the Pallas kernels in their interpreter."""
+    jitted = _interpreted if implementation in ("tpu", "gpu") else _plain
     return np.asarray(jitted(case.q, case.arrays, implementation, window, scale), np.float32)
 
 

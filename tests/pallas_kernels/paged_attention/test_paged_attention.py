@@ -185,7 +185,9 @@ def test_every_call_gives_a_result_or_a_reason(name):
             try:
                 found = paged_attention(**case.call(implementation=implementation, interpret=interpret, window=window))
             except NotImplementedError as reason:
-                words = "not written yet|is for Pallas kernels|no TPU here|head dimensions|pages of|are float16"
+                words = (
+                    "is for Pallas kernels|no TPU here|no GPU here|not been timed|head dimensions|pages of|are float16"
+                )
                 assert re.search(f"^paged_attention: .* ({words})", str(reason))  # noqa: PT017
                 continue
             served.add((implementation, interpret))
@@ -193,7 +195,7 @@ def test_every_call_gives_a_result_or_a_reason(name):
             tolerance = {"float16": 2e-3, "bfloat16": 2e-2}.get(case.q.dtype.name, FP32_ERROR)
             np.testing.assert_allclose(np.asarray(found, np.float32), wanted, atol=tolerance)
     on_tpu = set() if name in ("dim", "pages", "float16") else {("tpu", True)}
-    assert served == {("reference", False), ("xla", False), (None, False)} | on_tpu
+    assert served == {("reference", False), ("xla", False), ("gpu", True), (None, False)} | on_tpu
 
 
 @pytest.mark.parametrize("rank", [3, 4])
