@@ -238,6 +238,14 @@ def plan(
     remat: Annotated[
         str | None, typer.Option(help="What training recomputes: none, dots, full or offload; full if not given.")
     ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE",
+            help="Train adapters of rank 16 beside a model kept in float32, bfloat16, int8 or nf4.",
+            show_default=False,
+        ),
+    ] = None,
     search: Annotated[
         bool, typer.Option("--search", help="Find the cheapest mesh, batch and remat that fit; what is given stays.")
     ] = False,
@@ -247,9 +255,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a step needs before it runs: memory, FLOPs, collectives. Exit code 1: it does not fit."""
-    from exaone_jax.planning.ask import Question, answer
+    from exaone_jax.planning.ask import Question, answer, lora_beside
 
-    question = Question(mode, topology, chip, devices, mesh, batch, context, chunk, remat, search, not no_compile)
+    adapters = None if lora is None else lora_beside(lora)
+    question = Question(
+        mode, topology, chip, devices, mesh, batch, context, chunk, remat, adapters, search, not no_compile
+    )
     found = answer(model, question)
     if as_json:
         _print_json(found.to_dict())

@@ -33,7 +33,8 @@ class ForwardFlops:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """model: the forward pass, in training three times (the backward pass has two products for each). recomputed: on top of
+    """model: the forward pass, in training three times (the backward pass has two products for each), where all but adapters is
+    frozen twice and attention once more: frozen matrices have no gradient, and adapters' own are left out. recomputed: on top of
     that, what the backward pass does again: by the remat policy, the scores inside attention, and the logits."""
 
     forward: ForwardFlops
@@ -54,7 +55,8 @@ def step_flops(config: ModelConfig, work: Workload) -> StepFlops:
     forward = forward_flops(config, work)
     if work.mode != "train":
         return StepFlops(forward, forward.total, 0)
-    return StepFlops(forward, 3 * forward.total, _recomputed(config, work, forward))
+    model = 3 * forward.total if work.lora is None else 2 * forward.total + forward.attention
+    return StepFlops(forward, model, _recomputed(config, work, forward))
 
 
 def forward_flops(config: ModelConfig, work: Workload) -> ForwardFlops:

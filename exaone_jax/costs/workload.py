@@ -5,6 +5,7 @@ from typing import Literal, cast, get_args
 
 from exaone_jax.config import ModelConfig
 from exaone_jax.config.model import DType
+from exaone_jax.config.run import LoraConfig
 from exaone_jax.errors import ConfigError
 from exaone_jax.model.stack import Remat
 
@@ -25,6 +26,7 @@ class Workload:
         chunk: tokens a row and step of prefill; 1 in decoding, `context` in training.
         remat: in training, what the backward pass recomputes.
         dtype: that the step computes in; training keeps float32 parameters.
+        lora: adapters alone are trained, beside a frozen model; None: all of it is.
     """
 
     mode: Mode
@@ -33,6 +35,7 @@ class Workload:
     chunk: int
     remat: Remat
     dtype: DType = "bfloat16"
+    lora: LoraConfig | None = None
 
     @property
     def tokens(self) -> int:
@@ -51,7 +54,13 @@ class Workload:
 
 
 def workload(
-    config: ModelConfig, mode: str, batch: int, context: int, chunk: int | None = None, remat: str | None = "full"
+    config: ModelConfig,
+    mode: str,
+    batch: int,
+    context: int,
+    chunk: int | None = None,
+    remat: str | None = "full",
+    lora: LoraConfig | None = None,
 ) -> Workload:
     """Raises ConfigError where a figure makes no step of this model."""
     if mode not in get_args(Mode):
@@ -65,6 +74,8 @@ def workload(
         raise ConfigError(f"batch: found {batch}, expected at least one row")
     if chunk is not None and (mode != "prefill" or not 1 <= chunk <= context):
         raise ConfigError(f"chunk: found {chunk} in mode {mode}, expected 1 to {context:,} in mode prefill")
+    if lora is not None and mode != "train":
+        raise ConfigError(f"lora: found it in mode {mode}, expected mode train: adapters are served merged")
     step = {"train": context, "decode": 1, "prefill": chunk or min(_CHUNK, context)}[mode]
     kept = cast(Remat, remat) if mode == "train" else None
-    return Workload(cast(Mode, mode), batch, context, step, kept)
+    return Workload(cast(Mode, mode), batch, context, step, kept, lora=lora)

@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from exaone_jax.config import ModelConfig, published, read_config
+from exaone_jax.config.run import LoraConfig
 from exaone_jax.costs.workload import workload
 from exaone_jax.errors import ConfigError
 from exaone_jax.parallel import MeshShape
@@ -42,6 +45,7 @@ class Question:
     context: int | None = None
     chunk: int | None = None
     remat: str | None = None
+    lora: LoraConfig | None = None
     search: bool = False
     compiles: bool = True
 
@@ -70,9 +74,20 @@ def answer(model: str, question: Question) -> Answer:
     mesh = default_mesh(config, question.mode, where) if question.mesh is None else MeshShape.parse(question.mesh)
     batch = rows_of(mesh, where.devices) if question.batch is None else question.batch
     remat = "full" if question.remat is None else question.remat
-    work = workload(config, question.mode, batch, context, question.chunk, None if remat == "none" else remat)
+    remat = None if remat == "none" else remat
+    work = workload(config, question.mode, batch, context, question.chunk, remat, question.lora)
     plan = make_plan(name, config, where, mesh, work)
     return _judged(_compiled(plan, config, question), config)
+
+
+def lora_beside(base: str) -> LoraConfig:
+    """The usual adapters beside a model kept in `base`. Raises ConfigError."""
+    try:
+        return LoraConfig.model_validate({"base": base})
+    except ValidationError as error:
+        raise ConfigError(
+            f"lora: found {base!r}, {error.errors()[0]['msg'].replace('Input should be', 'expected')}"
+        ) from error
 
 
 def _model(name_or_path: str) -> tuple[str, ModelConfig]:
@@ -95,7 +110,7 @@ def _searched(name: str, config: ModelConfig, where: Target, question: Question,
         raise ConfigError(f"search: finds the mesh, and --mesh {question.mesh} gives one; expected one of the two")
     remat = None if question.remat == "none" else question.remat
     batch = 1 if question.batch is None else question.batch
-    work = workload(config, question.mode, batch, context, question.chunk, remat)
+    work = workload(config, question.mode, batch, context, question.chunk, remat, question.lora)
     remats = REMATS if question.remat is None else (work.remat,)
     plans = search(name, config, where, candidates(work, question.batch, remats))
     if not plans:

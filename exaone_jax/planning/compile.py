@@ -103,8 +103,7 @@ def compile_step(config: ModelConfig, work: Workload, mesh: Mesh, estimated: Mem
         except jax.errors.JaxRuntimeError as error:
             return _too_large(error, inputs, estimated, time.perf_counter() - started)
     seconds = time.perf_counter() - started
-    held = device_bytes((inputs.params, inputs.router_biases, inputs.opt_state, inputs.kv))
-    memory = _memory(inputs, estimated, program_bytes(program) - held)
+    memory = _memory(inputs, estimated, program_bytes(program) - _held(inputs))
     try:
         text = program.as_text() or ""
     except jax.errors.JaxRuntimeError as error:
@@ -119,10 +118,10 @@ def compile_step(config: ModelConfig, work: Workload, mesh: Mesh, estimated: Mem
 
 
 def _lower(config: ModelConfig, work: Workload, inputs: StepInputs, platform: str) -> jax.stages.Lowered:
-    graphdef = nnx.graphdef(abstract_model(config, work.mode, work.dtype, inputs.placement))
+    graphdef = nnx.graphdef(abstract_model(config, work.mode, work.dtype, work.lora, inputs.placement))
     if inputs.opt_state is not None:
         count = cast(jax.Array, jax.ShapeDtypeStruct((), jax.numpy.int32))
-        state = TrainState(inputs.params, inputs.router_biases, inputs.opt_state, count)
+        state = TrainState(inputs.params, inputs.router_biases, inputs.opt_state, count, frozen=inputs.frozen)
         rows = cast(jax.Array, inputs.tokens)
         loss = LossConfig(remat=work.remat)
         traced = train_step.trace(graphdef, state, PackedRows(rows, rows), optimizer=OPTIMIZER, loss=loss)
@@ -141,11 +140,15 @@ def _serve(
     return model.logits(hidden[:, -1]), cache
 
 
+def _held(inputs: StepInputs) -> int:
+    return device_bytes((inputs.params, inputs.router_biases, inputs.frozen, inputs.opt_state, inputs.kv))
+
+
 def _memory(inputs: StepInputs, estimated: Memory, allocated: int) -> Memory:
     gradients = min(estimated.gradients, allocated)
     activations = min(estimated.activations, allocated - gradients)
     return Memory(
-        parameters=device_bytes((inputs.params, inputs.router_biases)),
+        parameters=device_bytes((inputs.params, inputs.router_biases, inputs.frozen)),
         optimizer=device_bytes(inputs.opt_state),
         gradients=gradients,
         activations=activations,
@@ -159,8 +162,7 @@ def _too_large(error: Exception, inputs: StepInputs, estimated: Memory, seconds:
     asked = asked_bytes(str(error))
     if asked is None:
         raise error
-    held = device_bytes((inputs.params, inputs.router_biases, inputs.opt_state, inputs.kv))
-    memory = _memory(inputs, estimated, max(asked - held, 0))
+    memory = _memory(inputs, estimated, max(asked - _held(inputs), 0))
     note = f"the compiler refused: {str(error).splitlines()[0]}"
     return Compiled(memory, None, {}, {}, seconds, (note,))
 

@@ -15,13 +15,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from exaone_jax.config import ModelConfig, layer_plan
 from exaone_jax.config.model import DType
+from exaone_jax.config.run import LoraConfig
 from exaone_jax.costs.workload import Mode, Workload
 from exaone_jax.errors import ConfigError
 from exaone_jax.model import Transformer
 from exaone_jax.model.cache import CACHE_AXES, KVCache, init_cache
-from exaone_jax.model.linear import Axes, RouterBias
+from exaone_jax.model.linear import Axes, Frozen, RouterBias
 from exaone_jax.model.placement import ONE_DEVICE, Placement
 from exaone_jax.parallel import MeshPlacement, place, sharded_shapes
+from exaone_jax.training.lora import adapt
 from exaone_jax.training.optimizer import adamw
 
 OPTIMIZER = adamw(optax.constant_schedule(1e-4))
@@ -32,7 +34,7 @@ class StepInputs:
     """Trees of ShapeDtypeStructs.
 
     Attributes:
-        params, router_biases: states of the model.
+        params, router_biases, frozen: states of the model; with lora, params are those of the adapters and frozen all else.
         opt_state: of AdamW, float32 moments; None but in training.
         kv: the cache; None in training.
         tokens: int32 `[B, T]`, `[B, chunk]` where there is a cache.
@@ -41,6 +43,7 @@ class StepInputs:
     placement: MeshPlacement
     params: nnx.State
     router_biases: nnx.State
+    frozen: nnx.State
     opt_state: optax.OptState | None
     kv: KVCache | None
     tokens: jax.ShapeDtypeStruct
@@ -52,37 +55,46 @@ def step_inputs(config: ModelConfig, work: Workload, mesh: Mesh | AbstractMesh) 
     if train:
         _check_divides(work, mesh)
 
-    params, biases, opt_state = _state(config, work.mode, work.dtype, mesh)
+    state = _state(config, work.mode, work.dtype, work.lora, mesh)
     kv = None if train else _cache(config, work, placement)
     rows = jax.ShapeDtypeStruct((work.batch, work.chunk), jnp.int32)
     tokens = _laid_out(rows, ("batch", "sequence" if train else "chunk"), placement)
-    return StepInputs(placement, params, biases, opt_state, kv, tokens)
+    return StepInputs(placement, *state, kv, tokens)
 
 
-def abstract_model(config: ModelConfig, mode: Mode, dtype: DType, placement: Placement = ONE_DEVICE) -> Transformer:
-    """Computing in dtype, in training over float32 parameters."""
-    param_dtype = "float32" if mode == "train" else dtype
-    return nnx.eval_shape(
-        lambda: Transformer(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0), placement=placement)
-    )
+def abstract_model(
+    config: ModelConfig, mode: Mode, dtype: DType, lora: LoraConfig | None = None, placement: Placement = ONE_DEVICE
+) -> Transformer:
+    """Computing in dtype, in training over float32 parameters, with lora over adapters beside frozen ones."""
+
+    def make() -> Transformer:
+        rngs, param_dtype = nnx.Rngs(0), "float32" if mode == "train" else dtype
+        model = Transformer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs, placement=placement)
+        if lora is not None:
+            adapt(model, lora, rngs)
+        return model
+
+    return nnx.eval_shape(make)
 
 
 class _State(NamedTuple):
     params: nnx.State
     router_biases: nnx.State
+    frozen: nnx.State
     opt_state: optax.OptState | None
 
 
 @lru_cache(maxsize=4)  # a search tries many batches on one mesh
-def _state(config: ModelConfig, mode: Mode, dtype: DType, mesh: Mesh | AbstractMesh) -> _State:
-    return _State(*(sharded_shapes(tree, mesh) for tree in _shapes(config, mode, dtype)))
+def _state(config: ModelConfig, mode: Mode, dtype: DType, lora: LoraConfig | None, mesh: Mesh | AbstractMesh) -> _State:
+    return _State(*(sharded_shapes(tree, mesh) for tree in _shapes(config, mode, dtype, lora)))
 
 
 @cache
-def _shapes(config: ModelConfig, mode: Mode, dtype: DType) -> _State:
+def _shapes(config: ModelConfig, mode: Mode, dtype: DType, lora: LoraConfig | None) -> _State:
     """Without shardings: the same for every mesh."""
-    _, params, biases = nnx.split(abstract_model(config, mode, dtype), nnx.Param, RouterBias)
-    return _State(params, biases, jax.eval_shape(OPTIMIZER.transform.init, params) if mode == "train" else None)
+    model = abstract_model(config, mode, dtype, lora)
+    _, params, biases, frozen = nnx.split(model, nnx.Param, RouterBias, Frozen)
+    return _State(params, biases, frozen, jax.eval_shape(OPTIMIZER.transform.init, params) if mode == "train" else None)
 
 
 def device_bytes(tree: Any) -> int:

@@ -55,7 +55,7 @@ class _Sizes:
 def estimate(config: ModelConfig, work: Workload, inputs: StepInputs) -> Memory:
     """For inputs on a mesh, abstract or not."""
     mesh = inputs.placement.mesh
-    params = device_bytes((inputs.params, inputs.router_biases))
+    params = device_bytes((inputs.params, inputs.router_biases, inputs.frozen))
     sizes = _Sizes(device_tokens(work, inputs), mesh.shape["tensor"], mesh.shape["expert"], work.itemsize)
     layers = [_layer(config, layer, sizes, work.mode == "train") for layer in (*config.layers, *_mtp(config, work))]
     gathered = _gathered_weights(config, work, mesh)
@@ -67,10 +67,15 @@ def estimate(config: ModelConfig, work: Workload, inputs: StepInputs) -> Memory:
     kept = sum(layer.kept[work.remat] for layer in layers)
     # The backward pass has the layer at work again and the gradients of its parts, those of its weights in float32.
     backward = max(2 * layer.everything + layer.exchange for layer in layers)
-    backward += gathered + (gathered // work.itemsize * _GRADIENT if mesh.shape["fsdp"] > 1 else 0)
+    wide = (
+        mesh.shape["fsdp"] > 1 if work.lora is None else work.lora.base in ("int8", "nf4")
+    )  # or what small codes stand for
+    backward += gathered + (gathered // work.itemsize * _GRADIENT if wide else 0)
     # The compiler casts stacked weights once, before the loop over them.
-    cast = params // _GRADIENT * work.itemsize if work.itemsize < _GRADIENT else 0
-    temporaries = cast + max(backward, _loss(config, sizes, mesh))
+    stored = "float32" if work.lora is None else work.lora.base
+    cast = params // _GRADIENT * work.itemsize if stored == "float32" and work.itemsize < _GRADIENT else 0
+    trains_head = work.lora is None or "lm_head" in work.lora.targets
+    temporaries = cast + max(backward, _loss(config, sizes, mesh, trains_head))
     return Memory(params, device_bytes(inputs.opt_state), device_bytes(inputs.params), kept, 0, temporaries)
 
 
@@ -164,12 +169,13 @@ def _gathered_weights(config: ModelConfig, work: Workload, mesh: Mesh | Abstract
     return work.itemsize * (attention + max(dense, sparse)) // tensor
 
 
-def _loss(config: ModelConfig, sizes: _Sizes, mesh: Mesh | AbstractMesh) -> int:
-    """Some float32 copies of a chunk's logits, the head in the compute dtype and its gradients."""
+def _loss(config: ModelConfig, sizes: _Sizes, mesh: Mesh | AbstractMesh, trains_head: bool) -> int:
+    """Some float32 copies of a chunk's logits, the head in the compute dtype and its gradients, if it has any."""
     shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert", "context", "tensor"))
     chunk = min(default_chunk_size(config.vocab_size), sizes.tokens * shards // sizes.tensor)
     head = config.vocab_size * config.hidden_size // sizes.tensor
     gradients = 1 if config.mtp_layer is None else 2  # of the loss and of that of the multi-token-prediction layer
+    gradients = gradients if trains_head else 0
     return 3 * 4 * chunk * config.vocab_size // shards + (sizes.itemsize + _GRADIENT * gradients) * head
 
 

@@ -123,6 +123,7 @@ class Plan:
             "context": work.context,
             "chunk": work.chunk,
             "remat": work.remat,
+            "lora": None if work.lora is None else work.lora.model_dump(mode="json"),
             "fits": self.fits,
             "fits_on": [name for name, each in CHIPS.items() if self.memory.total <= each.hbm_bytes_per_device],
             "bytes_per_chip": of_a_chip(self.memory),
@@ -225,7 +226,7 @@ def state_bytes(config: ModelConfig, work: Workload) -> int:
     """What all devices together must hold at the least: parameters, gradients, optimizer, keys and values."""
     inputs = step_inputs(config, work, abstract_mesh((1, 1, 1, 1, 1)))
     gradients = inputs.params if work.mode == "train" else None
-    return device_bytes((inputs.params, inputs.router_biases, inputs.opt_state, gradients, inputs.kv))
+    return device_bytes((inputs.params, inputs.router_biases, inputs.frozen, inputs.opt_state, gradients, inputs.kv))
 
 
 def _smaller_batch(plan: Plan, config: ModelConfig) -> str | None:
@@ -349,6 +350,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
     step = f"{work.batch:,} rows x {work.chunk:,} tokens"
     step += "" if work.mode == "train" else f", at the end of {work.context:,}"
     step += f", remat {work.remat or 'none'}" if work.mode == "train" else ""
+    step += "" if work.lora is None else f", adapters of rank {work.lora.rank} beside {work.lora.base}"
     rows = [("step", step), ("model FLOPs", f"{flops.model:.4g} ({flops.model / work.tokens:.4g} a token)")]
     if flops.recomputed:
         rows.append(("recomputed", f"{flops.recomputed:.4g} more"))

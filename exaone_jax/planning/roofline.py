@@ -61,10 +61,10 @@ def bound(
 
 
 def least_hbm_bytes(config: ModelConfig, work: Workload, inputs: StepInputs) -> int:
-    """That a device must read or write: in training all of its state once each way; in serving its weights, of the experts
-    those that an even router would choose, and its keys and values."""
+    """That a device must read or write: in training all that changes once each way, and what is frozen once; in serving its
+    weights, of the experts those that an even router would choose, and its keys and values."""
     if work.mode == "train":
-        return 2 * device_bytes((inputs.params, inputs.opt_state))
+        return 2 * device_bytes((inputs.params, inputs.opt_state)) + device_bytes(inputs.frozen)
     routed = device_bytes([leaf for path, leaf in nnx.to_flat_state(inputs.params) if "experts" in path])
     total = device_bytes((inputs.params, inputs.router_biases, inputs.kv))
     if config.moe is None:

@@ -347,11 +347,9 @@ class _Run:
 
     def _model_flops(self, stage: Stage) -> int:
         """Of one of its steps."""
-        work = workload(self.setup.model, "train", stage.batch_size, stage.context, remat=self.setup.loss.remat)
-        found = step_flops(self.setup.model, work)
-        if self.config.lora is None:
-            return found.model
-        return 2 * found.forward.total + found.forward.attention  # no gradients of the frozen matrices
+        remat, lora = self.setup.loss.remat, self.config.lora
+        work = workload(self.setup.model, "train", stage.batch_size, stage.context, remat=remat, lora=lora)
+        return step_flops(self.setup.model, work).model
 
     def _asked(self) -> jax.Array:
         """What this process asks all for, on each of its devices: to stop, to save."""

@@ -7,18 +7,23 @@ from itertools import islice
 
 import jax
 import pytest
+from flax import nnx
 
 from exaone_jax.config import LayerSpec, ModelConfig
+from exaone_jax.config.run import LoraConfig
 from exaone_jax.costs.chips import CHIPS, Topology, topologies
 from exaone_jax.costs.flops import step_flops
 from exaone_jax.costs.workload import Workload
 from exaone_jax.errors import ConfigError
+from exaone_jax.model import Transformer
+from exaone_jax.model.linear import Frozen, RouterBias
 from exaone_jax.parallel import MeshShape, make_mesh
 from exaone_jax.planning.compile import Compiled, compile_step
 from exaone_jax.planning.inputs import device_bytes, step_inputs
 from exaone_jax.planning.memory import abstract_mesh, estimate
 from exaone_jax.planning.plan import Plan, Target, make_plan, remedy, state_bytes
 from exaone_jax.planning.search import confirmed, search, slices
+from exaone_jax.training.lora import adapt
 from tests.parallel.small_model import CONFIG as EVERY_LAYER
 from tests.test_cli import run_json
 
@@ -43,6 +48,8 @@ DENSE = ModelConfig(
         (DENSE, "fsdp=8", Workload("train", 16, 512, 512, "full", "float32")),
         (DENSE, "fsdp=4,tensor=2", Workload("train", 16, 512, 512, None, "float32")),
         (EVERY_LAYER, "expert=4,tensor=2", Workload("decode", 64, 256, 1, None, "float32")),
+        (DENSE, "fsdp=8", Workload("train", 16, 512, 512, None, "float32", LoraConfig(base="int8"))),
+        (DENSE, "fsdp=4,tensor=2", Workload("train", 16, 512, 512, None, "float32", LoraConfig(base="nf4"))),
     ],
 )
 def test_the_estimate_beside_the_compiled_program(config: ModelConfig, mesh: str, work: Workload):
@@ -52,12 +59,41 @@ def test_the_estimate_beside_the_compiled_program(config: ModelConfig, mesh: str
     for exact in ("parameters", "optimizer", "kv"):
         assert getattr(compiled.memory, exact) == getattr(estimated, exact), exact
     # What is alive at once is the compiler's to decide, on a CPU unlike on the TPU that the estimate has in mind: found are
-    # 0.71, 1.10 and 1.14.
+    # 0.71, 1.10 and 1.14, with adapters 0.94 and 1.00.
     assert 0.6 < estimated.total / compiled.memory.total < 1.5
     flops = step_flops(config, work)
     # The CPU computes tiles that are masked in part, and experts' rows of no token.
     assert compiled.flops is not None
     assert 0.9 < compiled.flops * 8 / (flops.model + flops.recomputed) < 2.0
+
+
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "int8", "nf4"])
+def test_adapters_and_what_is_frozen_beside_them_take_what_their_arrays_take(base: str):
+    lora = LoraConfig.model_validate({"rank": 4, "base": base, "targets": ["q_proj", "down_proj", "experts"]})
+    work = Workload("train", 8, 64, 64, None, "float32", lora)
+    inputs = step_inputs(EVERY_LAYER, work, abstract_mesh((1, 1, 1, 1, 1)))
+    model = Transformer(EVERY_LAYER, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    adapt(model, lora, nnx.Rngs(0))
+    for planned, kind in ((inputs.params, nnx.Param), (inputs.router_biases, RouterBias), (inputs.frozen, Frozen)):
+        arrays = jax.tree.leaves(nnx.state(model, kind))
+        assert arrays and device_bytes(planned) == sum(array.nbytes for array in arrays)
+    assert device_bytes(inputs.opt_state) == 2 * device_bytes(inputs.params) + 8  # and two counts
+
+
+def test_a_plan_of_adapters(capsys: pytest.CaptureFixture[str]):
+    arguments = "EXAONE-4.0-32B --topology v6e:2x4 --no-compile"
+    code, whole = run_json(capsys, "plan", *arguments.split())
+    assert code == 1
+    code, out = run_json(capsys, "plan", *arguments.split(), "--lora", "bfloat16")
+    assert (code, out["lora"]["base"]) == (0, "bfloat16")
+    assert out["bytes_per_chip"]["optimizer"] < whole["bytes_per_chip"]["optimizer"] / 10
+    # Forward and the gradients of what enters each product, not those of the weights; attention has no weights.
+    forward = whole["forward_flops"]
+    total = sum(forward.values())
+    assert (whole["model_flops"], out["model_flops"]) == (3 * total, 2 * total + forward["attention"])
+    gathered = {kind: each["collective_bytes"]["all-gather"] for kind, each in (("whole", whole), ("lora", out))}
+    assert out["collective_bytes"]["reduce-scatter"] < whole["collective_bytes"]["reduce-scatter"] / 50
+    assert 1 <= gathered["lora"] / gathered["whole"] < 1.02  # the same weights, and the adapters
 
 
 def test_what_each_remat_policy_computes_again():
@@ -187,6 +223,11 @@ def test_a_search_keeps_what_is_given(capsys: pytest.CaptureFixture[str]):
         ("EXAONE-4.0-1.2B --chip h100 --mode decode --chunk 8", "chunk: found 8 in mode decode"),
         ("EXAONE-4.0-1.2B --chip h100 --devices 3 --mesh context=3", "do not divide into context=3 parts"),
         ("EXAONE-4.0-1.2B --chip h100 --devices 8 --batch 12", "batch: found 12 rows, expected a multiple"),
+        (
+            "EXAONE-4.0-1.2B --chip h100 --lora fp4",
+            "lora: found 'fp4', expected 'float32', 'bfloat16', 'int8' or 'nf4'",
+        ),
+        ("EXAONE-4.0-1.2B --chip h100 --lora nf4 --mode decode", "lora: found it in mode decode, expected mode train"),
         ("EXAONE-4.0-1.2B --search", "search: needs a chip"),
         ("EXAONE-4.0-1.2B --search --chip h100 --mesh fsdp=1", "search: finds the mesh"),
         ("K-EXAONE-236B-A23B --chip h100 --devices 16 --mesh tensor=16", "kv_heads"),

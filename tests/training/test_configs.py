@@ -18,14 +18,16 @@ def test_every_published_model_has_one() -> None:
 
 @pytest.mark.parametrize("path", FOR_A_MACHINE, ids=lambda path: path.stem)
 def test_a_step_fits(path: Path) -> None:
-    """`MODEL_CHIP-SHAPE.yaml`: v6e-2x4 is a TPU slice, h100-8 eight GPUs."""
+    """`MODEL_CHIP-SHAPE.yaml`, and `_lora` or `_qlora` after it: v6e-2x4 is a TPU slice, h100-8 eight GPUs."""
     run = read_run(path)
-    model, machine = path.stem.split("_")
+    model, machine, *adapters = path.stem.split("_")
     chip, shape = machine.split("-")
     where = {"topology": f"{chip}:{shape}"} if "x" in shape else {"chip": chip, "devices": int(shape)}
     rows = run.batch_size // run.accumulate
-    asked = Question(mesh=run.mesh, batch=rows, context=run.context, remat=run.remat, compiles=False, **where)
-    assert answer(model, asked).shortfall == ()
+    given = {"mesh": run.mesh, "batch": rows, "context": run.context, "remat": run.remat, "lora": run.lora}
+    assert answer(model, Question(**given, compiles=False, **where)).shortfall == ()
+    kind = None if run.lora is None else "qlora" if run.lora.base in ("int8", "nf4") else "lora"
+    assert adapters == ([] if kind is None else [kind])
     assert run.init_from == f"checkpoints/{model}"
 
 
