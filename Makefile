@@ -37,7 +37,7 @@ test-latest: $(LATEST_VENV)/.test ## the suite on the newest Python and jax foun
 	$(LATEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-tpu: $(TPU_VENV)/.test ## compiles for TPU slices that are not here, with libtpu (220 MB to download) in an environment of its own
-	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest tests/pallas_kernels/test_tpu_compiles.py $(ARGS)
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest tests/pallas_kernels/test_tpu_compiles.py tests/training/test_narrow_compiles.py $(ARGS)
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest -m slow $(TPU_TESTS) $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and the type checker
