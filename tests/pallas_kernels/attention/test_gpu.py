@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.attention import attention, choose_implementation, gpu, reference
+from tests.pallas_kernels.cuda import TRITON, library_calls
 
 HEADS = {"2.4B": (32, 8, 80), "7.8B": (32, 8, 128), "32B": (40, 8, 128), "1.2B": (32, 8, 64), "236B": (64, 8, 128)}
 
@@ -73,27 +73,19 @@ BEYOND_CUDNN = {
 }
 
 
-def target_names(run, arrays):
-    """The library and Triton calls of the program, in order."""
-    card = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100", None, "gpu"))
-    with jax.sharding.use_abstract_mesh(card):  # from jax 0.11 Triton's lowering asks which card it is for
-        text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    return re.findall(r"custom_call @(__cudnn\$fmha\w+|__gpu\$xla\.gpu\.triton)\(", text)
-
-
 @pytest.mark.parametrize("name", BEYOND_CUDNN)
 def test_what_cudnn_would_ignore_or_refuse_is_the_pallas_kernel_by_name(cuda, name):
     kwargs, dtype, head_dim, _ = BEYOND_CUDNN[name]
     run = functools.partial(attention, implementation="gpu", **kwargs)
     loss = lambda *x: sum(y.astype(jnp.float32).sum() for y in jax.tree.leaves(run(*x)))  # noqa: E731
-    asked = target_names(jax.grad(loss, (0, 1, 2)), shapes(8, 2, head_dim, dtype=dtype))
-    assert asked == ["__gpu$xla.gpu.triton"] * 3  # forward, d_q, and d_k with d_v
+    asked = library_calls(jax.grad(loss, (0, 1, 2)), *shapes(8, 2, head_dim, dtype=dtype))
+    assert asked == [TRITON] * 3  # forward, d_q, and d_k with d_v
 
 
 @pytest.mark.parametrize("name", BEYOND_CUDNN)
 def test_what_cudnn_cannot_serve_goes_to_xla_when_nothing_was_named(cuda, name):
     kwargs, dtype, head_dim, _ = BEYOND_CUDNN[name]
-    assert target_names(functools.partial(attention, **kwargs), shapes(8, 2, head_dim, dtype=dtype)) == []
+    assert library_calls(functools.partial(attention, **kwargs), *shapes(8, 2, head_dim, dtype=dtype)) == []
 
 
 @pytest.mark.parametrize("name", BEYOND_CUDNN)
@@ -119,7 +111,7 @@ def test_other_lengths_of_keys_are_not_for_cudnn(cuda):
     _, k, v = shapes(8, 2, 128, length=640)
     with pytest.raises(NotImplementedError, match="T=512, S=640"):
         jax.eval_shape(functools.partial(attention, implementation="gpu", causal=False), q, k, v)
-    assert target_names(functools.partial(attention, implementation="gpu"), (q, k, v)) == ["__gpu$xla.gpu.triton"]
+    assert library_calls(functools.partial(attention, implementation="gpu"), q, k, v) == [TRITON]
 
 
 @pytest.mark.parametrize("model", HEADS)
@@ -132,8 +124,8 @@ def test_packed_training_lowers_to_the_pallas_kernels(cuda, model, window):
         out = attention(q, k, v, window=window, segment_ids=ids, implementation="gpu")
         return out.astype(jnp.float32).sum()
 
-    asked = target_names(jax.grad(loss, (0, 1, 2)), (*shapes(*HEADS[model], length=length), ids))
-    assert asked == ["__gpu$xla.gpu.triton"] * 3
+    asked = library_calls(jax.grad(loss, (0, 1, 2)), *shapes(*HEADS[model], length=length), ids)
+    assert asked == [TRITON] * 3
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 64])

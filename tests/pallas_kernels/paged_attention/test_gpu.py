@@ -1,7 +1,6 @@
 """The GPU kernel: in the interpreter against `reference`, and lowered for CUDA. No GPU computes here."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.paged_attention import choose_implementation, gpu, paged_attention
+from tests.pallas_kernels.cuda import TRITON, library_calls
 from tests.pallas_kernels.paged_attention.cases import FP32_ERROR, make_case, run
 
 # Nothing yet, decode, a chunk inside a context, a whole prompt, more rows than positions, drafts to verify, a long context.
@@ -104,14 +103,6 @@ def cuda(monkeypatch):
     monkeypatch.setattr("pallas_kernels._select.target", lambda: "gpu")
 
 
-def lowered(run, arrays):
-    """How many Triton kernels the program for CUDA has."""
-    card = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100", None, "gpu"))
-    with jax.sharding.use_abstract_mesh(card):  # from jax 0.11 Triton's lowering asks which card it is for
-        text = jax.jit(run).trace(**arrays).lower(lowering_platforms=("cuda",)).as_text()
-    return len(re.findall(r"custom_call @__gpu\$xla\.gpu\.triton\(", text))
-
-
 def shapes(heads, kv_heads, head_dim, kv_dtype=jnp.bfloat16, rows=64):
     """64 sequences of 8,192 tokens in pages of 128 slots: q's rows, and the pages."""
     pages = jax.ShapeDtypeStruct((2048, kv_heads, 128, head_dim), kv_dtype)
@@ -130,12 +121,14 @@ def shapes(heads, kv_heads, head_dim, kv_dtype=jnp.bfloat16, rows=64):
 def test_lowers_for_every_model(cuda, model, window, kv_dtype):
     for rows in (64, 192, 64 + 512):  # decode, two drafts to verify, decode beside a chunk
         arrays = shapes(*HEADS[model], kv_dtype, rows)
-        assert lowered(functools.partial(paged_attention, window=window, implementation="gpu"), arrays) == 1
+        assert library_calls(functools.partial(paged_attention, window=window, implementation="gpu"), **arrays) == [
+            TRITON
+        ]
 
 
 def test_nothing_named_takes_xla_on_a_gpu(cuda):
     assert choose_implementation() == "xla" and choose_implementation("gpu") == "gpu"
-    assert lowered(paged_attention, shapes(32, 8, 128)) == 0
+    assert library_calls(paged_attention, **shapes(32, 8, 128)) == []
 
 
 @pytest.mark.parametrize(
