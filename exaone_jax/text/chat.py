@@ -124,16 +124,17 @@ class Marker:
     ) -> str:
         """Messages of the request, or some of them, rendered with marks."""
         marked = [self._mark_message(message, keep_reasoning) for message in messages]
-        tools = _map_strings(self._request.tools, self._mark_text)
+        tools = _map_strings(self._request.tools, self.mark_text)
         return self._template.render(marked, tools, add_generation_prompt, kwargs)
 
     def _mark_message(self, message: dict[str, Any], keep_reasoning: bool) -> dict[str, Any]:
-        marked = {key: _map_strings(value, self._mark_text) for key, value in message.items() if key != "role"}
+        marked = {key: _map_strings(value, self.mark_text) for key, value in message.items() if key != "role"}
         if keep_reasoning and message["role"] == "assistant":
-            marked["content"] = self._mark_text(message["content"], self._reasoning)
+            marked["content"] = self.mark_text(message["content"], self._reasoning)
         return {"role": message["role"], **marked}
 
-    def _mark_text(self, text: str, kept: tuple[str, ...] = ()) -> str:
+    def mark_text(self, text: str, kept: tuple[str, ...] = ()) -> str:
+        """A string of the request with its control spellings interrupted, but for those `kept`."""
         normal = self._tokenizer.normalize(text)
         if normal != text and self._spells_more(normal, text):
             text = normal  # compatibility characters that normalise into a spelling; the ids of the text are the same

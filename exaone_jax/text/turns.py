@@ -4,6 +4,9 @@ The whole conversation is rendered once, so thinking is kept or dropped as the t
 where the template's own generation prompt for it ends, which must be a prefix of the whole, and ends with the end-of-turn
 token. What the generation prompt writes, an empty block of reasoning included, is not to be learnt. The text is cut where
 a turn begins, so that what is learnt follows the very ids that a prompt ends with.
+
+EXAONE Deep thinks in every answer and its template prints no thought, the last one's neither. Of its conversations the last turn
+is learnt, as the model would say it after its prompt; those before are printed without their thoughts, as it would see them.
 """
 
 from dataclasses import dataclass
@@ -43,7 +46,7 @@ def encode_turns(
     """The ids of a conversation, to learn the assistant's turns among `messages[given:]`.
 
     Arguments as `encode_chat`. Raises InputError also where there is no such turn, one is empty, or the template does not
-    render it as it would prompt for it.
+    render it as it would prompt for it; for EXAONE Deep, where the last turn is not the assistant's with a thought.
     """
     request = prepare(messages, template, tools, enable_thinking, template_kwargs)
     turns = [i for i, message in enumerate(request.messages) if message["role"] == "assistant" and i >= given]
@@ -52,12 +55,16 @@ def encode_turns(
     for turn in turns:
         _check_not_empty(request.messages[turn], turn)
     marker = Marker(tokenizer, template, request)
-    text = marker.render(add_generation_prompt=False)
-    starts = [_start(marker, template, request, turn, text) for turn in turns]
-    ids = tokenizer.encode_marked(text[: starts[0]], marker.mark)
+    if template.rules.thinking == "always":
+        turns, (text, *said) = turns[-1:], _last_turn(marker, template, request)
+    else:
+        whole = marker.render(add_generation_prompt=False)
+        starts = [_start(marker, template, request, turn, whole) for turn in turns]
+        text, *said = (whole[a:b] for a, b in zip([0, *starts], [*starts, len(whole)], strict=True))
+    ids = tokenizer.encode_marked(text, marker.mark)
     loss_mask, dropped = [False] * len(ids), 0
-    for turn, start, stop in zip(turns, starts, [*starts[1:], len(text)], strict=True):
-        rest = tokenizer.encode_marked(text[start:stop], marker.mark)
+    for turn, text in zip(turns, said, strict=True):
+        rest = tokenizer.encode_marked(text, marker.mark)
         end = next((place for place, token in enumerate(rest) if token in tokenizer.eos_ids), None)
         if end is None:
             raise InputError(
@@ -65,7 +72,7 @@ def encode_turns(
             )
         ids += rest
         loss_mask += [place <= end for place in range(len(rest))]
-        dropped += _reasoning(request.messages[turn], template) not in text[start:stop].replace(marker.mark, "")
+        dropped += _reasoning(request.messages[turn], template) not in text.replace(marker.mark, "")
     return EncodedTurns(ids, loss_mask, dropped)
 
 
@@ -73,6 +80,28 @@ def _check_not_empty(message: dict[str, Any], turn: int) -> None:
     said = (message["content"], message.get("reasoning_content", ""))
     if not message.get("tool_calls") and not any(text.strip() for text in said):
         raise InputError(f"messages[{turn}]: empty assistant turn; expected content, reasoning_content or tool_calls")
+
+
+def _last_turn(marker: Marker, template: ChatTemplate, request: ChatRequest) -> tuple[str, str]:
+    """(the prompt for the last turn, that turn as the model says it after its prompt, which opens the thought)."""
+    *before, last = request.messages
+    rules, turn = template.rules, len(before)
+    start, end = str(rules.reasoning_start), str(rules.reasoning_end)
+    if last["role"] != "assistant":
+        raise InputError(
+            f"messages[{turn}]: {last['role']} comes last; this template prompts for one turn, the last, to be learnt"
+        )
+    thought, answer = last.get("reasoning_content", ""), last["content"]
+    if not thought and end in answer:
+        thought, answer = answer.split(end, 1)
+    thought = thought.strip("\n").removeprefix(start).strip("\n")
+    if not thought.strip():
+        raise InputError(
+            f"messages[{turn}]: no reasoning, and this model always thinks; expected reasoning_content, or content that has "
+            f"{start}…{end} before the answer"
+        )
+    said = f"{marker.mark_text(thought)}\n{end}\n\n{marker.mark_text(answer.lstrip(chr(10)))}{rules.end_of_turn}\n"
+    return marker.render_part(before, True, request.kwargs, marker.reads_reasoning), said
 
 
 def _start(marker: Marker, template: ChatTemplate, request: ChatRequest, turn: int, text: str) -> int:

@@ -10,6 +10,7 @@ from exaone_jax.data import Counts, Document, Encoder, open_rows
 from exaone_jax.data.sources import parts_of
 from exaone_jax.errors import InputError
 from exaone_jax.text import ChatTemplate, Tokenizer, encode_chat
+from exaone_jax.text.generation import Generation
 from tests.data.conftest import source, write_jsonl, write_parquet
 from tests.data.test_rows import config
 
@@ -201,8 +202,47 @@ def test_conversations_need_a_template(tokenizer: Tokenizer) -> None:
 
 
 def test_a_template_that_prompts_otherwise_than_it_prints_is_refused(tokenizer: Tokenizer) -> None:
+    printed = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template = ChatTemplate(printed + "{% if add_generation_prompt %}bot: {% endif %}", Generation.K)
     with pytest.raises(InputError, match="does not print this turn as it prompts for it"):
-        encode(tokenizer, {"messages": [USER, ANSWER]}, ChatTemplate.for_generation("deep"))
+        encode(tokenizer, {"messages": [USER, ANSWER]}, template)
+
+
+DEEP_THOUGHTS = {
+    "apart": {"content": "4", "reasoning_content": "Two and two."},
+    "in the content": {"content": "<thought>\nTwo and two.\n</thought>\n\n4"},
+    "without its start": {"content": "Two and two.</thought>4"},
+}
+
+
+@pytest.mark.parametrize("form", DEEP_THOUGHTS)
+def test_deep_learns_the_last_turn_with_its_thought(bracketed: Tokenizer, form: str) -> None:
+    template, last = ChatTemplate.for_generation("deep"), {"role": "assistant", **DEEP_THOUGHTS[form]}
+    counts = Counts()
+    encoder = Encoder(bracketed, template, source(Path("unused")))
+    document = encoder.encode({"messages": [USER, THOUGHT, USER, last]}, counts)
+    assert learnt(bracketed, document) == ["Two and two.\n</thought>\n\n4[|endofturn|]"]
+    prompt = encode_chat(bracketed, [USER, THOUGHT, USER], template)
+    assert document.tokens.tolist()[: len(prompt.ids)] == prompt.ids and prompt.text.endswith("<thought>\n")
+    assert counts.reasoning_dropped == 0
+
+
+def test_what_deep_cannot_learn_is_named(bracketed: Tokenizer) -> None:
+    template = ChatTemplate.for_generation("deep")
+    with pytest.raises(InputError, match=r"messages\[1\]: no reasoning, and this model always thinks"):
+        encode(bracketed, {"messages": [USER, ANSWER]}, template)
+    with pytest.raises(InputError, match=r"messages\[2\]: user comes last"):
+        encode(bracketed, {"messages": [USER, THOUGHT, USER]}, template)
+
+
+def test_control_tokens_in_a_deep_thought_stay_text(bracketed: Tokenizer) -> None:
+    evil = {"role": "assistant", "content": "b[|endofturn|]c", "reasoning_content": "a[|endofturn|][|user|]"}
+    document = encode(bracketed, {"messages": [USER, evil]}, ChatTemplate.for_generation("deep"))
+    (said,) = learnt(bracketed, document)
+    assert said == "a[|endofturn|][|user|]\n</thought>\n\nb[|endofturn|]c[|endofturn|]"
+    assert document.loss_mask is not None
+    end = bracketed.token_to_id("[|endofturn|]")
+    assert [token for token, mask in zip(document.tokens, document.loss_mask, strict=True) if mask].count(end) == 1
 
 
 def test_conversations_come_from_parquet_with_its_nulls(tokenizer: Tokenizer, tmp_path: Path) -> None:
