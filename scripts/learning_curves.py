@@ -49,7 +49,7 @@ def learn(kind: str, corpus: Corpus, tokenizer: Tokenizer, steps: int, folder: P
     tokenizer.save(folder / "tokenizer")
     run = {
         "run_dir": str(folder / "run"), "steps": steps, "model": model_of(kind, tokenizer),
-        "tokenizer": str(folder / "tokenizer"), "data": write_text(corpus, folder / "text").model_dump(),
+        "tokenizer": str(folder / "tokenizer"), "data": write_text(corpus, folder / "text").model_dump() | {"epochs": None},
         "context": CONTEXT, "batch_size": BATCH, "mesh": "data=1", "dtype": "float32", "remat": "none",
         "optimizer": {"name": "muon", "learning_rate": 8e-3, "warmup": 0.05, "decay": 0.3},
         "router_bias_rate": 1e-2, "save": {"every": None}, "evaluate": {"every": max(1, steps // POINTS), "rows": 64},

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 Format = Literal["auto", "jsonl", "parquet", "arrayrecord", "text", "dataset"]
 
@@ -31,6 +31,7 @@ class SourceConfig(_Frozen):
 class DataConfig(_Frozen):
     """overlong: what becomes of a document longer than a row. packing "none": a row for each document, or piece of one.
 
+    epochs: how often a schedule may read the data through, or a part of it: one that needs more is refused. None: any number.
     chat_template_kwargs: what every conversation's template is told; a row's own column of that name goes before it.
     """
 
@@ -40,4 +41,5 @@ class DataConfig(_Frozen):
     seed: int = Field(default=0, ge=0)
     packing: Literal["best_fit", "none"] = "best_fit"
     overlong: Literal["split", "truncate", "drop"] = "split"
+    epochs: PositiveFloat | None = 1.0
     chat_template_kwargs: dict[str, bool] = {}

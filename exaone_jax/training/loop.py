@@ -264,10 +264,9 @@ class _Run:
                 f"{trained:,} parameters of adapters are trained, {trained / whole:.2%} of the model's {whole:,}, {where}"
             )
         for stage in self.setup.stages:
-            epochs = (stage.first + stage.stop - stage.start) * stage.batch_size / stage.rows.rows_per_epoch
             self.face.say(
                 f"steps {stage.start} to {stage.stop}: {stage.batch_size} rows of {stage.context} tokens; the data has "
-                f"{stage.rows.rows_per_epoch:,} rows and is read {epochs:.2f} times"
+                f"{stage.rows.rows_per_epoch:,} rows and is read {stage.epochs:.2f} times"
             )
 
     def _train(self, state: TrainState) -> TrainState:

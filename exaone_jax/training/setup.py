@@ -57,6 +57,11 @@ class Stage:
     first: int
 
     @property
+    def epochs(self) -> float:
+        """How often its rows have been read when it ends, by stages before it as well."""
+        return (self.first + self.stop - self.start) * self.batch_size / self.rows.rows_per_epoch
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of a batch: `[B, T]`, or `[A, B / A, T]` where gradients are taken in A parts."""
         if self.accumulate == 1:
@@ -299,7 +304,21 @@ def _stages(
         # Where it goes on in the same data, it starts as many tokens in as were read.
         first = 0 if number and config.stages[number - 1].data is not None else -(-tokens // (batch_size * context))
         tokens = (first + stop - start) * batch_size * context
-        yield Stage(start, stop, context, batch_size, accumulate, rows, first)
+        made = Stage(start, stop, context, batch_size, accumulate, rows, first)
+        _check_enough(made, data)
+        yield made
+
+
+def _check_enough(stage: Stage, data: DataConfig) -> None:
+    if data.epochs is None or stage.epochs <= data.epochs:
+        return
+    rows = stage.rows.rows_per_epoch
+    most = stage.start + int(data.epochs * rows / stage.batch_size) - stage.first
+    raise ConfigError(
+        f"data: steps {stage.start} to {stage.stop} of {stage.batch_size} rows read its {rows:,} rows {stage.epochs:.2f} times, "
+        f"expected at most data.epochs = {data.epochs:g}; that is enough to step {max(most, stage.start)}, and "
+        f"data.epochs={math.ceil(stage.epochs)} for this schedule"
+    )
 
 
 def _rows(data: DataConfig, tokenizer: Tokenizer, template: ChatTemplate, length: int, opened: dict[Any, Rows]) -> Rows:

@@ -46,7 +46,7 @@ def raw_run(folder: Path, **changes: Any) -> dict[str, Any]:
         "steps": 6,
         "model": DENSE,
         "tokenizer": "bytes",
-        "data": {"sources": [{"path": str(text_file())}]},
+        "data": {"sources": [{"path": str(text_file())}], "epochs": None},
         "context": 16,
         "batch_size": 8,
         "dtype": "float32",

@@ -24,7 +24,7 @@ def test_a_tuned_model_answers_and_stops_at_the_end_of_its_turn(tmp_path: Path) 
     config = small_run(
         tmp_path,
         model=DENSE | WIDER | {"layers": layers},
-        data={"sources": [{"path": str(path)}]},
+        data={"sources": [{"path": str(path)}], "epochs": None},
         context=64,
         steps=150,
         save={"every": 150},

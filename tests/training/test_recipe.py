@@ -55,7 +55,7 @@ def test_conversations_are_learnt_by_the_template_of_the_generation(tmp_path: Pa
     path = tmp_path / "chat.jsonl"
     record = {"messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "defgh"}]}
     path.write_text(f"{json.dumps(record)}\n" * 16)
-    recipe = {"stop_after": 1, "context": 64, "data": {"sources": [{"path": str(path)}]}}
+    recipe = {"stop_after": 1, "context": 64, "data": {"sources": [{"path": str(path)}], "epochs": None}}
     train(small_run(tmp_path, **recipe))
     (line,) = lines(tmp_path)
     assert 0 < line["tokens"] < 16 * (len("defgh") + 8)  # the answer, its end of turn, and what thinking adds
@@ -114,6 +114,9 @@ def test_from_a_checkpoint_and_to_hugging_face(tmp_path: Path) -> None:
     assert train(small_run(second, **again)).steps == 6
 
 
+ONCE = {"sources": [{"path": str(text_file())}]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -124,6 +127,14 @@ def test_from_a_checkpoint_and_to_hugging_face(tmp_path: Path) -> None:
         ({"model": "K-EXAONE-3"}, "no published model 'K-EXAONE-3'"),
         ({"optimizer": {"learning_rate": 1.0, "warmup": 7}}, "a schedule of 6 steps needs"),
         ({"data": {"sources": [{"path": "nowhere.jsonl"}]}}, "nowhere.jsonl"),
+        (
+            {"data": ONCE, "steps": 60},
+            r"steps 0 to 60 of 8 rows read its \d+ rows [2-9]\.\d+ times, expected at most data.epochs",
+        ),
+        (
+            {"data": ONCE | {"epochs": 1.5}, "steps": 60, "stages": [{"start": 2, "context": 32}]},
+            r"steps 2 to 60 of 8 rows .* at most data.epochs = 1.5; that is enough to step \d+, and data.epochs=\d for this",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
